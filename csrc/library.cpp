@@ -1,0 +1,36 @@
+// Operator schemas of namespace `distillm_ext`, and what this build is.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+
+#include "cpu/instruction_set.h"
+
+#ifndef DISTILLM_TORCH_VERSION
+#define DISTILLM_TORCH_VERSION "unknown"
+#endif
+
+STABLE_TORCH_LIBRARY(distillm_ext, m) {
+  m.def(
+      "divergence(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, "
+      "str divergence, float alpha, float temperature, float ce_weight, int ignore_index, bool detach_mixture, "
+      "bool need_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");
+  m.def("cpu_instruction_set() -> str");
+  m.def("torch_version_built() -> str");
+}
+
+namespace distillm {
+namespace {
+
+std::string cpu_instruction_set() { return instruction_set_name(instruction_set()); }
+std::string torch_version_built() { return DISTILLM_TORCH_VERSION; }
+
+}  // namespace
+}  // namespace distillm
+
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&distillm::cpu_instruction_set));
+  m.impl("torch_version_built", TORCH_BOX(&distillm::torch_version_built));
+}

@@ -1,0 +1,94 @@
+"""The losses as modules that hold hyper-parameters and nothing else; mathematics and arguments: `functional`."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .functional import distillation_loss
+
+
+class DistillationLoss(nn.Module):
+    """Callable `distillation_loss` with fixed hyper-parameters.
+
+    Args:
+        divergence, alpha, temperature, cap, ignore_index, reduction, ce_weight, detach_mixture, vocab_size: as in
+            `distillm_ext.distillation_loss`.
+
+    Shape:
+        student_logits [..., V], teacher logits [..., Vt], labels and weight [...] -> scalar, or [...] for "none".
+
+    Example:
+        >>> criterion = DistillationLoss(divergence="skew_kl", alpha=0.1)
+        >>> criterion(torch.randn(4, 100, requires_grad=True), torch.randn(4, 100)).backward()
+    """
+
+    def __init__(
+        self,
+        divergence: str = "skew_kl",
+        *,
+        alpha: float | None = None,
+        temperature: float = 1.0,
+        cap: float | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        ce_weight: float = 0.0,
+        detach_mixture: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.divergence = divergence
+        self.alpha = alpha
+        self.temperature = temperature
+        self.cap = cap
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.ce_weight = ce_weight
+        self.detach_mixture = detach_mixture
+        self.vocab_size = vocab_size
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        return distillation_loss(
+            student_logits, teacher, labels, weight=weight, num_items=num_items, **self.hyper_parameters()
+        )
+
+    def hyper_parameters(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.hyper_parameters().items())
+
+
+class ForwardKLLoss(DistillationLoss):
+    """`DistillationLoss` with divergence="forward_kl"."""
+
+    def __init__(self, **options) -> None:
+        super().__init__("forward_kl", **options)
+
+
+class ReverseKLLoss(DistillationLoss):
+    """`DistillationLoss` with divergence="reverse_kl"."""
+
+    def __init__(self, **options) -> None:
+        super().__init__("reverse_kl", **options)
+
+
+class SkewKLLoss(DistillationLoss):
+    """`DistillationLoss` with divergence="skew_kl"."""
+
+    def __init__(self, alpha: float = 0.1, **options) -> None:
+        super().__init__("skew_kl", alpha=alpha, **options)
+
+
+class SkewReverseKLLoss(DistillationLoss):
+    """`DistillationLoss` with divergence="skew_reverse_kl"."""
+
+    def __init__(self, alpha: float = 0.1, **options) -> None:
+        super().__init__("skew_reverse_kl", alpha=alpha, **options)

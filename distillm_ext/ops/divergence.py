@@ -1,0 +1,126 @@
+"""Operators `divergence` and `scale_rows_`: typed call, fake, autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import extension  # noqa: F401  (loads the libraries)
+
+
+@dataclass(frozen=True)
+class DivergenceOptions:
+    """Hyper-parameters of the operator; `functional` documents and checks them."""
+
+    divergence: str
+    alpha: float
+    temperature: float
+    ce_weight: float
+    ignore_index: int
+    detach_mixture: bool
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses and of per-row inputs: float64 for float64 logits, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def divergence(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    alpha_rows: Tensor | None,
+    cap: Tensor | None,
+    options: DivergenceOptions,
+) -> Tensor:
+    """Per-row losses [R] of student [R, Vs] against teacher [R, Vt], differentiable in `student`.
+
+    Row r is weight_r (min(divergence_r, cap_r) + ce_weight CE_r); rows with an ignored label or weight 0 are exactly 0
+    and are not read. Value and gradient come from one kernel call; no gradient is formed when none is needed.
+    """
+    need_gradient = torch.is_grad_enabled() and student.requires_grad
+    loss, _ = torch.ops.distillm_ext.divergence(
+        student,
+        teacher,
+        labels,
+        weight,
+        alpha_rows,
+        cap,
+        options.divergence,
+        options.alpha,
+        options.temperature,
+        options.ce_weight,
+        options.ignore_index,
+        options.detach_mixture,
+        need_gradient,
+    )
+    return loss
+
+
+@torch.library.register_fake("distillm_ext::divergence")
+def _divergence_fake(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    alpha_rows: Tensor | None,
+    cap: Tensor | None,
+    divergence: str,
+    alpha: float,
+    temperature: float,
+    ce_weight: float,
+    ignore_index: int,
+    detach_mixture: bool,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    loss = student.new_empty((student.shape[0],), dtype=loss_dtype(student.dtype))
+    gradient = student.new_empty(student.shape if need_gradient else (0,))
+    return loss, gradient
+
+
+@torch.library.register_fake("distillm_ext::scale_rows_")
+def _scale_rows_fake(gradient: Tensor, scale: Tensor) -> None:
+    return None
+
+
+def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+    """Row r of the saved gradient times scale[r].
+
+    In place, where the backward pass frees what it saved: the kernel skips rows whose factor is exactly 1, so that a unit
+    upstream gradient costs no pass and no synchronisation. A traced graph must not mutate what it saved; there the product
+    is left to the compiler, which fuses it.
+    """
+    if type(gradient) is not Tensor:
+        return (gradient * scale.unsqueeze(-1)).to(gradient.dtype)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        gradient = gradient.clone()
+    torch.ops.distillm_ext.scale_rows_(gradient, scale)
+    return gradient
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    loss, gradient = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gradient)
+    ctx.need_gradient = inputs[-1]
+    if ctx.need_gradient:
+        ctx.save_for_backward(gradient)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * 12
+    if grad_loss is None:
+        return (None, *nothing)
+    if not ctx.need_gradient:
+        raise RuntimeError("distillm_ext::divergence was called with need_gradient=False; call it with True to train.")
+    if torch.is_grad_enabled():
+        raise RuntimeError("distillm_ext losses have no second derivative; call backward without create_graph=True.")
+    (gradient,) = ctx.saved_tensors
+    return (_scaled(gradient, grad_loss), *nothing)
+
+
+torch.library.register_autograd("distillm_ext::divergence", _backward, setup_context=_setup_context)

@@ -1,0 +1,71 @@
+"""The divergences as eager PyTorch formulas in log space, differentiable by autograd.
+
+Oracle of tests (in float64) and baseline of benchmarks. Nothing in the package falls back to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _x_log_ratio(x: Tensor, log_x: Tensor, log_y: Tensor) -> Tensor:
+    """x log(x / y) with 0 log 0 = 0, its gradient 0 there too; +inf where y is 0 and x is not."""
+    absent = log_x == -torch.inf
+    difference = log_x.masked_fill(absent, 0.0) - log_y.masked_fill(absent, 0.0)
+    return x * difference
+
+
+def _log_mix(log_a: Tensor, log_b: Tensor, share_of_a: Tensor) -> Tensor:
+    """log(s a + (1 - s) b); -inf, without NaN gradients, where both are 0."""
+    a, b = log_a + share_of_a.log(), log_b + (1 - share_of_a).log()
+    absent = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(absent, 0.0), b.masked_fill(absent, 0.0)).masked_fill(absent, -torch.inf)
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return _x_log_ratio(log_p.exp(), log_p, log_q).sum(-1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return _x_log_ratio(log_q.exp(), log_q, log_p).sum(-1)
+
+
+def skew_kl(log_p: Tensor, log_q: Tensor, alpha: Tensor) -> Tensor:
+    return _x_log_ratio(log_p.exp(), log_p, _log_mix(log_p, log_q, alpha)).sum(-1)
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: Tensor, detach_mixture: bool = False) -> Tensor:
+    mixture = _log_mix(log_q, log_p, alpha)
+    return _x_log_ratio(log_q.exp(), log_q, mixture.detach() if detach_mixture else mixture).sum(-1)
+
+
+def per_token_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    divergence: str,
+    alpha: float | Tensor = 0.1,
+    temperature: float = 1.0,
+    detach_mixture: bool = False,
+) -> Tensor:
+    """D(teacher, student) of every position, [...], from logits [..., V]; definitions as in `distillation_loss`.
+
+    The narrower side of unequal vocabularies is padded with probability 0.
+    """
+    width = max(student_logits.shape[-1], teacher_logits.shape[-1])
+    log_p, log_q = (
+        (F.pad(logits, (0, width - logits.shape[-1]), value=-torch.inf) / temperature).log_softmax(-1)
+        for logits in (teacher_logits.detach(), student_logits)
+    )
+    share = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device).unsqueeze(-1)
+    if divergence == "forward_kl":
+        return forward_kl(log_p, log_q)
+    if divergence == "reverse_kl":
+        return reverse_kl(log_p, log_q)
+    if divergence == "skew_kl":
+        return skew_kl(log_p, log_q, share)
+    if divergence == "skew_reverse_kl":
+        return skew_reverse_kl(log_p, log_q, share, detach_mixture)
+    raise ValueError(f"divergence '{divergence}' has no reference formula.")

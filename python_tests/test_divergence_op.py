@@ -1,0 +1,203 @@
+"""The operator as PyTorch sees it: registration, autograd rules, torch.compile, autocast, instruction sets, memory."""
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from distillm_ext import distillation_loss
+from distillm_ext.functional import DIVERGENCES
+from distillm_ext.ops.divergence import DivergenceOptions
+from distillm_ext.ops.divergence import divergence as divergence_op
+
+
+def pair(rows=4, vocab=40, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (torch.randn(rows, vocab, generator=generator).to(dtype) for _ in range(2))
+    return student.requires_grad_(), teacher
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("need_gradient", (True, False))
+def test_opcheck(dtype, need_gradient):
+    student, teacher = pair(dtype=dtype)
+    side = torch.float64 if dtype == torch.float64 else torch.float32
+    labels, rows = torch.tensor([1, 2, -100, 3]), torch.rand(4, dtype=side)
+    for options in ((None, None, None, None), (labels, rows, rows, rows)):
+        arguments = (
+            student if need_gradient else student.detach(), teacher, *options, "skew_kl", 0.1, 2.0,
+            0.5 if options[0] is not None else 0.0, -100, False, need_gradient,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.distillm_ext.divergence.default, arguments)
+
+
+def test_opcheck_scale_rows():
+    for dtype in (torch.float32, torch.bfloat16):
+        gradient, scale = torch.randn(3, 5).to(dtype), torch.tensor([1.0, 2.0, 0.0])
+        torch.library.opcheck(torch.ops.distillm_ext.scale_rows_.default, (gradient, scale))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", (1.0, 1.7))
+def test_gradcheck(divergence, temperature):
+    student, teacher = pair(5, 9, torch.float64)
+    labels = torch.tensor([1, 2, -100, 3, 8])
+
+    def loss(x):
+        options = dict(divergence=divergence, temperature=temperature, ce_weight=0.3, reduction="none")
+        return distillation_loss(x, teacher, labels, **options)
+
+    assert torch.autograd.gradcheck(loss, (student,))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_compile_fullgraph(divergence, dynamic):
+    torch.compiler.reset()
+    student, teacher = pair(6, 50)
+    labels = torch.tensor([1, -100, 3, 4, 5, 6])
+
+    def step(hidden, teacher, labels):
+        logits = hidden * 2.0
+        return distillation_loss(logits, teacher, labels, divergence=divergence, ce_weight=0.5)
+
+    step(student, teacher, labels).backward()
+    expected, student.grad = student.grad, None
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for _ in range(2):
+        student.grad = None
+        compiled(student, teacher, labels).backward()
+        torch.testing.assert_close(student.grad, expected)
+    (compiled(student, teacher, labels) * 3).backward()
+    torch.testing.assert_close(student.grad, expected * 4)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(student, teacher, labels), step(student, teacher, labels))
+
+
+def test_compile_with_tensor_alpha_and_num_items():
+    student, teacher = pair(6, 50)
+    compiled = torch.compile(distillation_loss, fullgraph=True)
+    options = dict(alpha=torch.rand(6), num_items=torch.tensor(9), weight=torch.rand(6))
+    torch.testing.assert_close(compiled(student, teacher, **options), distillation_loss(student, teacher, **options))
+
+
+def test_autocast_and_half_logits():
+    weight = torch.randn(30, 8, requires_grad=True)
+    hidden, teacher = torch.randn(4, 8), torch.randn(4, 30)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = hidden @ weight.t()
+        loss = distillation_loss(logits, teacher)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    loss.backward()
+    assert weight.grad.dtype == torch.float32 and weight.grad.abs().sum() > 0
+
+
+def test_only_the_student_gets_a_gradient():
+    student, teacher = pair()
+    teacher.requires_grad_()
+    weight = torch.rand(4, requires_grad=True)
+    distillation_loss(student, teacher, weight=weight).backward()
+    assert teacher.grad is None and weight.grad is None and student.grad is not None
+    frozen = student.detach()
+    assert not distillation_loss(frozen, teacher).requires_grad
+    with torch.no_grad():
+        assert not distillation_loss(student, teacher).requires_grad
+
+
+def test_retain_graph_and_non_unit_gradients():
+    student, teacher = pair()
+    loss = distillation_loss(student, teacher)
+    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
+    once = once.clone()
+    (tripled,) = torch.autograd.grad(loss, student, torch.tensor(3.0), retain_graph=True)
+    (again,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(tripled, once * 3)
+    torch.testing.assert_close(again, once)
+
+
+def test_gradient_used_twice():
+    """Two losses on one tensor, and the same loss twice in one graph."""
+    student, teacher = pair()
+    logits = student * 1.0
+    distillation_loss(logits, teacher).backward()
+    single, student.grad = student.grad, None
+    logits = student * 1.0
+    loss = distillation_loss(logits, teacher)
+    (loss + 2 * loss + distillation_loss(logits, teacher)).backward()
+    torch.testing.assert_close(student.grad, single * 4)
+    student.grad = None
+    for _ in range(2):
+        distillation_loss(student, teacher).backward()
+    torch.testing.assert_close(student.grad, single * 2)
+
+
+def test_unit_gradient_is_the_kernel_s_own_buffer():
+    """No pass and no copy for loss.backward(): the saved buffer itself becomes the gradient."""
+    student, teacher = pair(64, 4096)
+    loss = distillation_loss(student, teacher, reduction="none")
+    address = loss.grad_fn.next_functions[0][0].saved_tensors[0].data_ptr()
+    loss.sum().backward()
+    assert student.grad.data_ptr() == address
+
+
+def test_second_derivative_is_refused():
+    student, teacher = pair()
+    loss = distillation_loss(student, teacher)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, student, create_graph=True)
+
+
+def test_direct_calls_are_checked():
+    student, teacher = pair()
+    options = DivergenceOptions("skew_kl", 0.1, 1.0, 0.0, -100, False)
+    with pytest.raises(RuntimeError, match="teacher must have as many rows"):
+        divergence_op(student, teacher[:2], None, None, None, None, options)
+    with pytest.raises(RuntimeError, match="weight must have shape"):
+        divergence_op(student, teacher, None, torch.ones(3), None, None, options)
+    with pytest.raises(RuntimeError, match="has no CPU kernel"):
+        divergence_op(student, teacher, None, None, None, None, DivergenceOptions("x", 0.1, 1.0, 0.0, -100, False))
+
+
+@pytest.mark.parametrize("isa", ("generic", "x86-64-v2", "x86-64-v3", "x86-64-v4"))
+def test_instruction_sets_agree(isa, tmp_path):
+    """Every build of the kernel that this processor can run gives the same numbers to rounding."""
+    code = (
+        "import sys, torch\n"
+        "from distillm_ext import build_info, distillation_loss\n"
+        "from distillm_ext.functional import DIVERGENCES\n"
+        "torch.manual_seed(0)\n"
+        "results = []\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
+        "    s, t = (torch.randn(5, 1500).mul(4).to(dtype) for _ in range(2))\n"
+        "    for d in DIVERGENCES:\n"
+        "        s = s.detach().requires_grad_()\n"
+        "        distillation_loss(s, t, divergence=d).backward()\n"
+        "        results.append(s.grad.double())\n"
+        "torch.save({'isa': build_info()['cpu_isa'], 'gradients': results}, sys.argv[1])\n"
+    )
+    outputs = []
+    for wanted in ("generic", isa):
+        path = tmp_path / f"{wanted}.pt"
+        environment = {**os.environ, "DISTILLM_CPU_ISA": wanted}
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True, env=environment)
+        outputs.append(torch.load(path))
+    if outputs[1]["isa"] != isa:
+        pytest.skip(f"this processor has no {isa}")
+    for a, b in zip(outputs[0]["gradients"], outputs[1]["gradients"], strict=True):
+        assert (a - b).abs().max() <= 2**-8 * a.abs().max()
+
+
+def test_extra_memory_is_the_gradient_alone():
+    student, teacher = pair(256, 20000)
+    distillation_loss(student, teacher).backward()
+    student.grad = None
+    gc.collect()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        distillation_loss(student, teacher).backward()
+    allocated = sum(
+        event.self_cpu_memory_usage for event in profile.key_averages() if event.self_cpu_memory_usage > 0
+    )
+    assert allocated <= student.numel() * 4 + 2**20
