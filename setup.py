@@ -18,7 +18,8 @@ DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # One library for every torch from 2.10 on.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 # Without trapping-math semantics g++ may turn a select into a vector blend; values are unaffected.
-CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"]
+VECTORISE = ["-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", *VECTORISE, "-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden", "-DUSE_CUDA"]
 
 

@@ -1,8 +1,8 @@
 // `distillm_ext._codec`: NumPy codec of packed teacher logits. Links no torch, so that data-loader workers can use it
 // without importing torch.
 //
-// A row of k ids below 2^bits is stored as ceil(k * bits / 8) bytes: id i occupies the bits [i * bits, (i + 1) * bits) of
-// the row, least significant bit first. Rows start on a byte.
+// A row of k ids below 2^bits is stored as ceil(k * bits / 8) bytes: id i occupies the bits [i * bits, (i + 1) * bits)
+// of the row, least significant bit first. Rows start on a byte.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -26,7 +26,8 @@ void check_bits(int bits) {
 
 Bytes pack_ids(const Ids& ids, int bits) {
   check_bits(bits);
-  if (ids.ndim() != 2) throw py::value_error("ids must have shape [rows, k], got " + std::to_string(ids.ndim()) + " dimensions");
+  if (ids.ndim() != 2)
+    throw py::value_error("ids must have shape [rows, k], got " + std::to_string(ids.ndim()) + " dimensions");
   const int64_t rows = ids.shape(0), k = ids.shape(1);
   const int64_t limit = int64_t{1} << bits;
   const int32_t* in = ids.data();
@@ -49,8 +50,8 @@ Ids unpack_ids(const Bytes& packed, int64_t k, int bits) {
   if (k < 0) throw py::value_error("k must not be negative, got " + std::to_string(k));
   const int64_t row_bytes = distillm::packed_bytes(k, bits);
   if (packed.ndim() != 2 || packed.shape(1) != row_bytes) {
-    throw py::value_error("packed must have shape [rows, " + std::to_string(row_bytes) + "] for k = " +
-                          std::to_string(k) + " and bits = " + std::to_string(bits));
+    throw py::value_error("packed must have shape [rows, " + std::to_string(row_bytes) +
+                          "] for k = " + std::to_string(k) + " and bits = " + std::to_string(bits));
   }
   const int64_t rows = packed.shape(0);
   Ids ids({rows, k});

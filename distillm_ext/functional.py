@@ -48,15 +48,16 @@ def distillation_loss(
     skew_reverse_kl     :math:`KL(q \| (1-\alpha) p + \alpha q)` (DistiLLM)
     ==================  =====================================================================================
 
-    Values are in nats, true divergences (0 when p = q), and carry no :math:`T^2` factor. Positions are taken as aligned:
-    no label is shifted here. The gradient flows to ``student_logits`` alone. Logits of -inf are legal (probability 0,
-    gradient 0). A position whose divergence is infinite has loss inf and gradient 0; one whose logits hold a NaN or are all
-    -inf has loss and gradient NaN, and no other position is touched.
+    Values are in nats, true divergences (0 when p = q), and carry no :math:`T^2` factor. Positions are taken as
+    aligned: no label is shifted here. The gradient flows to ``student_logits`` alone. Logits of -inf are legal
+    (probability 0, gradient 0). A position whose divergence is infinite has loss inf and gradient 0; one whose logits
+    hold a NaN or are all -inf has loss and gradient NaN, and no other position is touched.
 
     Args:
-        student_logits: [..., V], float32, bfloat16 or float16 (float64 on the CPU). The vocabulary should have stride 1.
-        teacher: teacher logits [..., Vt] of the same positions and device; the dtype may differ. Entries that only one side
-            has count as probability 0 on the other.
+        student_logits: [..., V], float32, bfloat16 or float16 (float64 on the CPU); other strides than 1 along V, and
+            positions that do not flatten to equally spaced rows, cost a copy.
+        teacher: teacher logits [..., Vt] of the same positions and device; the dtype may differ. Entries that only one
+            side has count as probability 0 on the other.
         labels: [...], integer. Positions equal to ``ignore_index`` are not read and contribute exactly 0, NaN or not.
         divergence: a name of the table.
         alpha: weight of the first argument of KL in the mixture, in [0, 1]; a float, or a tensor [...] per position.
@@ -97,7 +98,8 @@ def distillation_loss(
     dtype = loss_dtype(student_logits.dtype)
     rows = _rows_of(student_logits, dtype)
     flat_labels = rows(labels, "labels", integer=True)
-    row_weight = _row_weight(rows(weight, "weight"), flat_labels, shape, student_logits, reduction, num_items, ignore_index)
+    flat_weight = rows(weight, "weight")
+    row_weight = _row_weight(flat_weight, flat_labels, shape, student_logits, reduction, num_items, ignore_index)
     loss = divergence_op(
         student_logits.reshape(-1, student_logits.shape[-1]),
         teacher.detach().reshape(-1, teacher.shape[-1]),

@@ -197,7 +197,5 @@ def test_extra_memory_is_the_gradient_alone():
     gc.collect()
     with torch.profiler.profile(profile_memory=True) as profile:
         distillation_loss(student, teacher).backward()
-    allocated = sum(
-        event.self_cpu_memory_usage for event in profile.key_averages() if event.self_cpu_memory_usage > 0
-    )
+    allocated = sum(event.self_cpu_memory_usage for event in profile.key_averages() if event.self_cpu_memory_usage > 0)
     assert allocated <= student.numel() * 4 + 2**20

@@ -3,5 +3,7 @@
 #include "divergence_rows.h"
 
 namespace distillm {
-DivergenceRows divergence_rows_generic(const char* name, bool float64) { return generic::find_divergence_rows(name, float64); }
+DivergenceRows divergence_rows_generic(const char* name, bool float64) {
+  return generic::find_divergence_rows(name, float64);
+}
 }  // namespace distillm

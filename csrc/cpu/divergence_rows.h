@@ -9,8 +9,8 @@
 
 #include <cstring>
 
-#include "../ops/divergence.h"
 #include "../math/divergence.h"
+#include "../ops/divergence.h"
 #include "divergence.h"
 #include "tiles.h"
 
@@ -71,8 +71,8 @@ Softmax<Real> softmax_of(const LogitRow<Real>& row, Real scale) {
 // The logits of one entry -> its Entry -> the divergence's Term.
 //
 // The simd loops below hold this by value (behind a reference the compiler would have to assume that the gradient being
-// written overlaps these constants) and see only scalars (a struct declared inside such a loop becomes an array over the
-// lanes, and the loop stays scalar). What value() and g() have in common is computed once, after inlining.
+// written overlaps these constants) and see only scalars (a struct declared inside such a loop becomes an array over
+// the lanes, and the loop stays scalar). What value() and g() have in common is computed once, after inlining.
 template <class Real, class Functor>
 struct EntryTerm {
   Softmax<Real> q, p;
@@ -159,8 +159,8 @@ struct GradientPass {
       const Real* zs = row.student.tile(start, count, student_buffer);
       const Real* zt = row.teacher.tile(start, count, teacher_buffer);
       Real* out = output.tile(start, gradient_buffer);
-      (ce.own_softmax ? gradient_tile<true, Real, Functor> : gradient_tile<false, Real, Functor>)(
-          zs, zt, count, row.terms, ce.softmax, factors, out);
+      (ce.own_softmax ? gradient_tile<true, Real, Functor>
+                      : gradient_tile<false, Real, Functor>)(zs, zt, count, row.terms, ce.softmax, factors, out);
       if (ce.weight != 0 && ce.label >= start && ce.label < start + count) out[ce.label - start] -= factors.ce;
       output.commit(start, count, out);
     }
@@ -237,10 +237,8 @@ Real divergence_row(const DivergenceCall& call, int64_t index, const OutputRow<R
   }
   const RowParameters<Real> parameters{entry_or<Real>(call.alpha, index, call.options.alpha),
                                        call.options.detach_mixture};
-  const auto student =
-      logit_row<Real>(call.student, call.student_type, index, call.student_stride, call.student_vocab);
-  const auto teacher =
-      logit_row<Real>(call.teacher, call.teacher_type, index, call.teacher_stride, call.teacher_vocab);
+  const auto student = logit_row<Real>(call.student, call.student_type, index, call.student_stride, call.student_vocab);
+  const auto teacher = logit_row<Real>(call.teacher, call.teacher_type, index, call.teacher_stride, call.teacher_vocab);
   const Real scale = static_cast<Real>(kLog2E / call.options.temperature);
   const Softmax<Real> q = softmax_of(student, scale);
   const RowPass<Real, Functor> row{student, teacher, {q, softmax_of(teacher, scale), Functor(parameters)}};
@@ -276,7 +274,8 @@ void divergence_rows(const DivergenceCall& call, int64_t begin, int64_t end) {
 // The kernel for a divergence's public name, or null.
 inline DivergenceRows find_divergence_rows(const char* name, bool float64) {
 #define DISTILLM_MATCH(public_name, Functor) \
-  if (!strcmp(name, public_name)) return float64 ? divergence_rows<double, Functor<double>> : divergence_rows<float, Functor<float>>;
+  if (!strcmp(name, public_name))            \
+    return float64 ? divergence_rows<double, Functor<double>> : divergence_rows<float, Functor<float>>;
   DISTILLM_FOR_EACH_DIVERGENCE(DISTILLM_MATCH)
 #undef DISTILLM_MATCH
   return nullptr;

@@ -45,6 +45,4 @@ void scale_rows_(Tensor gradient, const Tensor& scale) {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) {
-  m.impl("scale_rows_", TORCH_BOX(&distillm::scale_rows_));
-}
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { m.impl("scale_rows_", TORCH_BOX(&distillm::scale_rows_)); }

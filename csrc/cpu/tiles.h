@@ -31,9 +31,7 @@ void store_tile(const Real* values, int64_t count, void* destination) {
   for (int64_t i = 0; i < count; ++i) out[i] = FromReal<Storage>::convert(values[i]);
 }
 
-inline int64_t bytes_of(ScalarType type) {
-  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
-}
+inline int64_t bytes_of(ScalarType type) { return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2; }
 
 constexpr ScalarType kRealType(float) { return ScalarType::Float; }
 constexpr ScalarType kRealType(double) { return ScalarType::Double; }

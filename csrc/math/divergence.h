@@ -48,9 +48,7 @@ template <class Real>
 struct ForwardKl {
   DISTILLM_HD explicit ForwardKl(RowParameters<Real>) {}
   DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
-  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
-    return {a_log_a_over_b(e.p, e.log2_p, e.log2_q), -e.p};
-  }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const { return {a_log_a_over_b(e.p, e.log2_p, e.log2_q), -e.p}; }
 };
 
 // KL(q || p): sum q log(q/p), G = q (log(q/p) + 1).
@@ -76,8 +74,7 @@ template <class Real>
 struct SkewRatio {
   Real alpha, slope;
 
-  DISTILLM_HD explicit SkewRatio(Real alpha)
-      : alpha(alpha), slope(alpha > Real(0.5) ? alpha - Real(1) : alpha) {}
+  DISTILLM_HD explicit SkewRatio(Real alpha) : alpha(alpha), slope(alpha > Real(0.5) ? alpha - Real(1) : alpha) {}
   DISTILLM_HD Real operator()(Real a, Real b) const {
     const Real mixture = (alpha > Real(0.5) ? a : b) + slope * (a - b);
     return divide_fast(a, at_least(mixture, kSmallestNormal<Real>));

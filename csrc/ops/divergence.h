@@ -1,8 +1,9 @@
 // Contract of the operator `divergence`, shared by both backends: argument checks, output shapes, raw views.
 //
-//   student [R, Vs], teacher [R, Vt]: float32, bfloat16 or float16 (float64 too on the CPU), dtypes may differ unless one
-//     is float64; unit stride along the vocabulary, any stride along the rows; labels [R] int64; weight, alpha, cap [R],
-//     float32 (float64 for float64 students).
+//   student [R, Vs], teacher [R, Vt]: float32, bfloat16 or float16 (float64 too on the CPU), dtypes may differ unless
+//   one
+//     is float64; unit stride along the vocabulary, any stride along the rows; labels [R] int64; weight, alpha, cap
+//     [R], float32 (float64 for float64 students).
 //   -> loss [R]: weight * (min(divergence, cap) + ce_weight * cross-entropy), float32 (float64 for float64 students);
 //      gradient [R, Vs] of sum(loss) in the student's dtype, or [0] when it is not asked for.
 #pragma once
@@ -67,15 +68,14 @@ inline Tensor with_unit_column_stride(const Tensor& x) {
   return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
 }
 
-inline const void* data_or_null(const std::optional<Tensor>& x) {
-  return x ? x->data_ptr() : nullptr;
-}
+inline const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->data_ptr() : nullptr; }
 
 // A [rows] side input of the given type, contiguous.
 inline std::optional<Tensor> checked_rows(const std::optional<Tensor>& x, const char* name, int64_t rows,
                                           ScalarType type, const Tensor& student) {
   if (!x) return std::nullopt;
-  STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == rows, name, " must have shape [", rows, "], one entry per row of student");
+  STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == rows, name, " must have shape [", rows,
+                  "], one entry per row of student");
   STD_TORCH_CHECK(x->scalar_type() == type, name, " must have dtype ", torch::headeronly::toString(type));
   STD_TORCH_CHECK(x->device() == student.device(), name, " must be on the device of student");
   return torch::stable::contiguous(*x);

@@ -1,5 +1,5 @@
-// Contract of the operator `scale_rows_`: row r of gradient [R, V] times scale[r], in place. A row whose scale is exactly 1
-// is not touched, so that a unit upstream gradient costs no pass and no synchronisation.
+// Contract of the operator `scale_rows_`: row r of gradient [R, V] times scale[r], in place. A row whose scale is
+// exactly 1 is not touched, so that a unit upstream gradient costs no pass and no synchronisation.
 #pragma once
 
 #include "divergence.h"

@@ -90,9 +90,9 @@ def _scale_rows_fake(gradient: Tensor, scale: Tensor) -> None:
 def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """Row r of the saved gradient times scale[r].
 
-    In place, where the backward pass frees what it saved: the kernel skips rows whose factor is exactly 1, so that a unit
-    upstream gradient costs no pass and no synchronisation. A traced graph must not mutate what it saved; there the product
-    is left to the compiler, which fuses it.
+    In place, where the backward pass frees what it saved: the kernel skips rows whose factor is exactly 1, so that a
+    unit upstream gradient costs no pass and no synchronisation. A traced graph must not mutate what it saved; there the
+    product is left to the compiler, which fuses it.
     """
     if type(gradient) is not Tensor:
         return (gradient * scale.unsqueeze(-1)).to(gradient.dtype)

@@ -1,0 +1,56 @@
+# `make demo` (set-up and the main job) and `make test` (set-up and all checks) need nothing but Python 3.10+, a C++
+# compiler and PyPI. Both work in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch>=2.10
+BIN := $(VENV)/bin
+# CUDA kernels are built where nvcc and a CUDA build of torch are found, for the GPU of this machine or else for 9.0.
+GPU_ARCHITECTURE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd';')
+export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURE),9.0)
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+
+.PHONY: demo demo-tiny test lint types native pytest benchmark clean
+
+demo: $(VENV)/.built
+	$(BIN)/distillm demo
+
+demo-tiny: $(VENV)/.built
+	$(BIN)/distillm demo --tiny
+
+test: lint types native pytest
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+types: $(VENV)/.built
+	$(BIN)/mypy
+
+native: $(VENV)/.built
+	$(BIN)/cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build build/native -j 2
+	$(BIN)/ctest --test-dir build/native --output-on-failure
+	$(BIN)/cmake -S . -B build/sanitized -DCMAKE_BUILD_TYPE=Debug -DDISTILLM_SANITIZE=address,undefined \
+	    -DPython_EXECUTABLE=/nonexistent
+	$(BIN)/cmake --build build/sanitized -j 2
+	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+
+pytest: $(VENV)/.built
+	$(BIN)/python -m pytest -m "not slow"
+
+benchmark: $(VENV)/.built
+	$(BIN)/python benchmarks/bench_divergence.py
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy wheel "setuptools>=77" "pybind11>=2.13" ninja
+	touch $@
+
+$(VENV)/.built: $(VENV)/.python $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation -e ".[train,test,dev]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info distillm_ext/*.so

@@ -1,0 +1,100 @@
+"""What every benchmark shares: interleaved timing, peak memory, tables, CSV."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Row = dict[str, Any]
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], Any], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def medians(candidates: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, float]:
+    """Median seconds of each candidate, measured in turns, so that a disturbance of the machine hits all of them."""
+    for function in candidates.values():
+        function()
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, function in candidates.items():
+            samples[name].append(timed(function, device))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def peak_bytes(function: Callable[[], Any], reset: Callable[[], Any], device: str = "cpu") -> int:
+    """Largest sum of tensor memory that `function` holds at once beyond what was there before.
+
+    `reset` frees what an earlier call left behind, such as a gradient.
+    """
+    function()
+    reset()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def environment() -> Row:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return {"cpu": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "load": round(load, 2)}
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def publish(title: str, rows: Sequence[Row], file: str) -> None:
+    """Prints the rows as a table and writes them to results/<file>."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name, justify="left" if isinstance(rows[0].get(name), str) else "right")
+    for row in rows:
+        table.add_row(*(cell(row.get(name, "")) for name in columns))
+    Console(width=max(160, Console().width)).print(table)
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / file
+    temporary = target.with_suffix(".tmp")
+    with temporary.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(target)

@@ -1,0 +1,109 @@
+"""The package as installed: lazy imports, the codec without torch, build information, set-up errors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import distillm_ext
+from distillm_ext import _codec, build_info
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_imports_are_lazy():
+    loaded = python(
+        "import sys, json, distillm_ext._codec; a = 'torch' in sys.modules;"
+        "import distillm_ext; b = 'torch' in sys.modules;"
+        "distillm_ext.distillation_loss; c = 'torch' in sys.modules; d = 'transformers' in sys.modules;"
+        "print(json.dumps([a, b, c, d]))"
+    )
+    assert json.loads(loaded) == [False, False, True, False]
+
+
+def test_public_names():
+    for name in distillm_ext.__all__:
+        assert getattr(distillm_ext, name) is not None
+    assert set(distillm_ext.__all__) <= set(dir(distillm_ext))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = distillm_ext.nothing
+
+
+def test_build_info():
+    info = build_info()
+    assert info["torch"] == torch.__version__ and info["cpu_isa"] in ("generic", "x86-64-v2", "x86-64-v3", "x86-64-v4")
+    assert info["cuda_loaded"] == (info["cuda_reason"] == "")
+    assert info["cuda_loaded"] == bool(info["cuda_archs"])
+
+
+def test_codec_round_trip():
+    generator = np.random.default_rng(0)
+    for bits in range(1, 32):
+        for shape in ((0, 5), (3, 0), (1, 1), (4, 64), (7, 33)):
+            ids = generator.integers(0, 2**bits, shape).astype(np.int32)
+            packed = _codec.pack_ids(ids, bits=bits)
+            assert packed.dtype == np.uint8 and packed.shape == (shape[0], -(-shape[1] * bits // 8))
+            assert np.array_equal(_codec.unpack_ids(packed, k=shape[1], bits=bits), ids)
+    assert _codec.pack_ids(np.array([[1, 2, 3]], np.int32), bits=2).tolist() == [[57]]
+
+
+@pytest.mark.parametrize(
+    "call, error",
+    (
+        (lambda: _codec.pack_ids(np.array([[4]], np.int32), bits=2), ValueError),
+        (lambda: _codec.pack_ids(np.array([[-1]], np.int32), bits=2), ValueError),
+        (lambda: _codec.pack_ids(np.zeros(3, np.int32), bits=2), ValueError),
+        (lambda: _codec.pack_ids(np.zeros((1, 3), np.int64), bits=2), TypeError),
+        (lambda: _codec.pack_ids(np.zeros((1, 3), np.int32), bits=0), ValueError),
+        (lambda: _codec.pack_ids(np.zeros((1, 3), np.int32), bits=32), ValueError),
+        (lambda: _codec.unpack_ids(np.zeros((1, 3), np.uint8), k=3, bits=9), ValueError),
+        (lambda: _codec.unpack_ids(np.zeros((1, 3), np.uint8), k=-1, bits=8), ValueError),
+    ),
+)
+def test_codec_refuses(call, error):
+    with pytest.raises(error):
+        call()
+
+
+def setup_py(**environment: str) -> str:
+    """What setup.py says, with stand-ins for the tools it looks for."""
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+    assert result.returncode != 0
+    return result.stderr.strip().splitlines()[-1]
+
+
+def fake_toolkit(folder: Path, version: str) -> Path:
+    (folder / "include").mkdir(parents=True)
+    (folder / "include" / "cuda_runtime.h").touch()
+    (folder / "bin").mkdir()
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {version}, V{version}.0\n")
+    nvcc.chmod(0o755)
+    return folder
+
+
+def test_setup_errors_are_one_sentence(tmp_path):
+    assert "no C++ compiler 'no-such-compiler' was found; install g++" in setup_py(CXX="no-such-compiler")
+    assert "DISTILLM_CUDA must be auto, 0 or 1, got 'yes'" in setup_py(DISTILLM_CUDA="yes")
+    if torch.version.cuda is None:
+        assert "needs a CUDA build of torch" in setup_py(DISTILLM_CUDA="1")
+    else:
+        toolkit = fake_toolkit(tmp_path / "cuda", "9.1")
+        message = setup_py(DISTILLM_CUDA="1", CUDA_HOME=str(toolkit))
+        assert "nvcc 9.1 does not match torch" in message and "DISTILLM_CUDA=0" in message
