@@ -7,7 +7,19 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .functional import (
+        DIVERGENCES,
+        distillation_loss,
+        forward_kl_loss,
+        reverse_kl_loss,
+        skew_kl_loss,
+        skew_reverse_kl_loss,
+    )
+    from .information import build_info
+    from .losses import DistillationLoss, ForwardKLLoss, ReverseKLLoss, SkewKLLoss, SkewReverseKLLoss
 
 try:
     __version__ = version("distillm_ext")
@@ -15,27 +27,40 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _HOME = {
-    "distillation_loss": "functional",
-    "forward_kl_loss": "functional",
-    "reverse_kl_loss": "functional",
-    "skew_kl_loss": "functional",
-    "skew_reverse_kl_loss": "functional",
-    "DIVERGENCES": "functional",
-    "DistillationLoss": "losses",
-    "ForwardKLLoss": "losses",
-    "ReverseKLLoss": "losses",
-    "SkewKLLoss": "losses",
-    "SkewReverseKLLoss": "losses",
-    "build_info": "build_info",
+    "functional": (
+        "DIVERGENCES",
+        "distillation_loss",
+        "forward_kl_loss",
+        "reverse_kl_loss",
+        "skew_kl_loss",
+        "skew_reverse_kl_loss",
+    ),
+    "losses": ("DistillationLoss", "ForwardKLLoss", "ReverseKLLoss", "SkewKLLoss", "SkewReverseKLLoss"),
+    "information": ("build_info",),
 }
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "DIVERGENCES",
+    "DistillationLoss",
+    "ForwardKLLoss",
+    "ReverseKLLoss",
+    "SkewKLLoss",
+    "SkewReverseKLLoss",
+    "__version__",
+    "build_info",
+    "distillation_loss",
+    "forward_kl_loss",
+    "reverse_kl_loss",
+    "skew_kl_loss",
+    "skew_reverse_kl_loss",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'distillm_ext' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     globals()[name] = value
     return value
 

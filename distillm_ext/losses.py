@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .functional import distillation_loss
@@ -59,7 +61,7 @@ class DistillationLoss(nn.Module):
             student_logits, teacher, labels, weight=weight, num_items=num_items, **self.hyper_parameters()
         )
 
-    def hyper_parameters(self) -> dict[str, object]:
+    def hyper_parameters(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
 
     def extra_repr(self) -> str:

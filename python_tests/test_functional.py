@@ -1,4 +1,4 @@
-"""Arguments of `distillation_loss`: every bad one is named, with what was expected and what came, before a kernel runs."""
+"""Arguments of `distillation_loss`: a bad one is named, with what was expected and what came, before a kernel runs."""
 
 import pytest
 import torch

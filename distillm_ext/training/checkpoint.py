@@ -1,0 +1,178 @@
+"""What a checkpoint holds beside transformers' files, and how it is known to be whole.
+
+transformers writes straight into `checkpoint-N` and resumes from the highest N. A run killed while it writes leaves a
+folder that looks like a checkpoint. Here the last file written is a marker; only folders that have it are resumed from,
+and the newest of them is never deleted.
+
+Files of ours in `checkpoint-N`:
+
+    distillation_state.json                   φ, its reference loss, counters
+    sequences-RRRRR-of-WWWWW.safetensors      replay buffer and stored responses of rank R of W
+    complete.json                             the marker
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STATE_FILE = "distillation_state.json"
+MARKER_FILE = "complete.json"
+FORMAT_VERSION = 1
+_FOLDER = re.compile(r"checkpoint-(\d+)")
+
+
+def fsync_path(path: Path) -> None:
+    """Forces a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_into(temporary: Path, path: Path) -> None:
+    fsync_path(temporary)
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file under a temporary name, forces it to the disk and renames it: it is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _replace_into(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ValueError: the file is missing or is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: the folder is no checkpoint of this trainer") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); resume from an earlier checkpoint") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file in the same way as `write_json`."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    _replace_into(temporary, path)
+
+
+def sequences_file(folder: Path, rank: int, world_size: int) -> Path:
+    """The file with the sequences of one rank."""
+    return folder / f"sequences-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def save_state(
+    folder: Path, *, state: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], rank: int, world_size: int
+) -> None:
+    """Writes this rank's sequences and, on the rank that has it, the common state."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(sequences_file(folder, rank, world_size), tensors)
+    if state is not None:
+        write_json(folder / STATE_FILE, {"version": FORMAT_VERSION, "world_size": world_size, **state})
+
+
+def load_state(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """→ (common state, the tensors of every rank that wrote the checkpoint).
+
+    Raises:
+        ValueError: a file is missing, or was written in another format.
+    """
+    state = read_json(folder / STATE_FILE)
+    if state.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder / STATE_FILE}: format version {state.get('version')} is not {FORMAT_VERSION}; resume with the "
+            "release of distillm_ext that wrote it"
+        )
+    files = [sequences_file(folder, rank, state["world_size"]) for rank in range(state["world_size"])]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ValueError(f"{folder}: {missing[0]} is missing; resume from another checkpoint")
+    return state, [load_file(file) for file in files]
+
+
+def mark_complete(folder: Path, *, step: int, resumable: bool) -> None:
+    """Forces every file of the checkpoint to the disk, then writes the marker."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        fsync_path(path)
+    fsync_path(folder)
+    write_json(folder / MARKER_FILE, {"version": FORMAT_VERSION, "step": step, "resumable": resumable})
+
+
+def is_complete(folder: str | Path, *, resumable: bool = False) -> bool:
+    """Whether the folder was written to its end (and, with `resumable`, holds the optimizer too)."""
+    marker = Path(folder) / MARKER_FILE
+    return marker.is_file() and (not resumable or bool(read_json(marker).get("resumable")))
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """All folders `checkpoint-N`, complete or not, by rising N."""
+    root = Path(output_dir)
+    found = [path for path in root.iterdir() if path.is_dir() and _FOLDER.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(found, key=_step_of)
+
+
+def newest_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The complete, resumable checkpoint with the highest step, or None.
+
+    Example:
+        >>> trainer.train(resume_from_checkpoint=newest_complete_checkpoint("out"))  # starts anew where there is none
+    """
+    complete = [path for path in list_checkpoints(output_dir) if is_complete(path, resumable=True)]
+    return str(complete[-1]) if complete else None
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Deletes a checkpoint, the marker first: killed in between, it must not look complete."""
+    (folder / MARKER_FILE).unlink(missing_ok=True)
+    fsync_path(folder)
+    shutil.rmtree(folder)
+
+
+def rotate(output_dir: str | Path, *, limit: int | None, keep: Iterable[str | Path | None] = ()) -> None:
+    """Deletes the oldest complete checkpoints beyond `limit`, and the unfinished ones older than the newest complete.
+
+    The newest complete checkpoint always stays.
+
+    Args:
+        output_dir: folder of the run.
+        limit: most complete checkpoints to keep; None or 0 keeps all and deletes nothing.
+        keep: folders that must stay in any case (the one just written, the best so far); None is skipped.
+    """
+    if not limit or limit < 0:
+        return
+    folders = list_checkpoints(output_dir)
+    complete = [path for path in folders if is_complete(path)]
+    if not complete:
+        return
+    kept = {Path(path).resolve() for path in keep if path is not None}
+    removable = [path for path in complete[:-1] if path.resolve() not in kept]
+    surplus = min(len(complete) - limit, len(removable))
+    unfinished = [path for path in folders if path not in complete and _step_of(path) < _step_of(complete[-1])]
+    for folder in unfinished + removable[: max(surplus, 0)]:
+        remove_checkpoint(folder)
+
+
+def _step_of(folder: Path) -> int:
+    match = _FOLDER.fullmatch(folder.name)
+    assert match is not None, folder
+    return int(match.group(1))

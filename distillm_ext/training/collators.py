@@ -1,0 +1,81 @@
+"""Batches of token rows. Positions of the loss are worked out here, on the host, so that no later step has to ask the
+accelerator how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class DistillationCollator:
+    """Pads token rows on the right and finds the positions whose logits the loss needs.
+
+    A row is a mapping with `input_ids`, `loss_mask` (1 where the token is a target), `prompt_length` and `row`.
+
+    Args:
+        pad_token_id: fills `input_ids`; marked by the attention mask, so it may equal any other token.
+        pad_to_multiple_of: rounds the length up, for hardware that likes multiples.
+
+    Returns (from a call, B rows of at most S tokens, R targets):
+        input_ids, attention_mask: [B, S] int64.
+        labels: [B, S] int64, the token where it is a target, else −100. **Not shifted** (Hugging Face's convention).
+        positions: [R] int64, flat index b·S + t of the position whose logits predict target t + 1 of row b: the first
+            response token is predicted at the last prompt token.
+        targets: [R] int64, the tokens predicted there.
+        prompt_length, row: [B] int64.
+        num_tokens: tokens that are not padding (int).
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        rows = [np.asarray(feature["input_ids"], dtype=np.int64) for feature in features]
+        masks = [np.asarray(feature["loss_mask"], dtype=bool) for feature in features]
+        length = -(-max(len(row) for row in rows) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        labels = np.full_like(input_ids, IGNORE_INDEX)
+        for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
+            if len(row) != len(mask):
+                raise ValueError(
+                    f"loss_mask: expected {len(row)} entries, one per token of input_ids, got {len(mask)} "
+                    f"(row {features[index].get('row', index)})"
+                )
+            input_ids[index, : len(row)] = row
+            attention_mask[index, : len(row)] = 1
+            labels[index, : len(row)] = np.where(mask, row, IGNORE_INDEX)
+        batch: dict[str, Any] = dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        batch["positions"], batch["targets"] = target_positions(labels)
+        for name in ("prompt_length", "row"):
+            batch[name] = np.array([feature[name] for feature in features], dtype=np.int64)
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        return {**tensors, "num_tokens": int(attention_mask.sum())}
+
+
+def target_positions(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flat positions whose logits are needed, and the tokens they predict.
+
+    Args:
+        labels: [B, S], −100 where there is no target. Column 0 has no predecessor and is never a target.
+
+    Returns:
+        positions [R], targets [R]: the logits at flat position b·S + t predict labels[b, t + 1].
+    """
+    rows, columns = np.nonzero(labels[:, 1:] != IGNORE_INDEX)
+    return rows * labels.shape[1] + columns, labels[rows, columns + 1]
+
+
+def move_batch(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Sends the tensors of a batch to a device; other values stay."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }

@@ -1,0 +1,133 @@
+"""What a training run reports, gathered without asking the accelerator for a value before it is logged."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+# The sources every report counts, so that a plot has no gaps.
+SOURCES = ("data", "fresh", "replay")
+SHARES = ("generation", "teacher", "student", "loss")
+
+
+class StepClock:
+    """Time by section since the last report.
+
+    On CUDA a section is two events on the stream, read when a report is made: no section waits for the device.
+    Sections may nest; the inner one's time is taken off the outer one. Time spent in "excluded" (evaluation,
+    checkpoints) counts for nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event, int]] = []
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        self._started = time.perf_counter()
+
+    @contextlib.contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Times the body under `name`."""
+        parent = self._open[-1] if self._open else None
+        self._open.append(name)
+        start = self._stamp()
+        try:
+            yield
+        finally:
+            end = self._stamp()
+            self._open.pop()
+            self._add(name, start, end, 1)
+            if parent is not None:
+                self._add(parent, start, end, -1)
+
+    def report(self) -> tuple[dict[str, float], float]:
+        """→ (seconds by section, wall-clock seconds without "excluded") since the last report, and starts anew."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+        for name, start, end, sign in self._events:
+            self._seconds[name] += sign * start.elapsed_time(end) / 1e3
+        seconds, now = dict(self._seconds), time.perf_counter()
+        wall = max(now - self._started - seconds.pop("excluded", 0.0), 1e-9)
+        self.restart()
+        return seconds, wall
+
+    def restart(self) -> None:
+        """Forgets everything timed so far."""
+        self._events, self._seconds, self._started = [], defaultdict(float), time.perf_counter()
+
+    def _stamp(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _add(self, name: str, start: float | torch.cuda.Event, end: float | torch.cuda.Event, sign: int) -> None:
+        if isinstance(start, float) and isinstance(end, float):
+            self._seconds[name] += sign * (end - start)
+        elif isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            self._events.append((name, start, end, sign))
+
+
+class Meters:
+    """Sums since the last report.
+
+    Loss parts stay on the device as running sums. Counts are Python ints, known on the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.clock = StepClock(device)
+        self.last_source: str | None = None
+        self._running = False
+        self._sums: dict[str, Tensor] = {}
+        self._steps: dict[str, set[int]] = {}
+        self._sources: Counter[str] = Counter()
+        self._tokens = 0
+
+    def begin(self) -> None:
+        """Starts the clock at the first step: setting up the run is no part of it."""
+        if not self._running:
+            self._running = True
+            self.clock.restart()
+
+    def start_step(self, source: str, tokens: int) -> None:
+        """Counts an optimizer step and the tokens this process trains on in it."""
+        self.last_source = source
+        self._sources[source] += 1
+        self._tokens += tokens
+
+    def add_losses(self, step: int, parts: dict[str, Tensor]) -> None:
+        """Adds the loss parts of one micro-batch of optimizer step `step`."""
+        for name, value in parts.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros((), dtype=torch.float32, device=self.device)
+                self._steps[name] = set()
+            self._sums[name] += value.detach().to(self._sums[name])
+            self._steps[name].add(step)
+
+    def report(self, gather: Callable[[Tensor], Tensor], replay_size: int) -> dict[str, float]:
+        """What to log, over all processes, and starts anew. The only place that waits for the device.
+
+        Args:
+            gather: [n] of this process → [processes, n].
+            replay_size: sequences in this process's replay buffer.
+        """
+        means = {name: total / len(self._steps[name]) for name, total in sorted(self._sums.items())}
+        counts = torch.tensor([float(self._tokens), float(replay_size)], device=self.device)
+        gathered = gather(torch.cat([*(mean.reshape(1) for mean in means.values()), counts])).double()
+        tokens, buffered = gathered[:, -2:].sum(dim=0).tolist()
+        losses = dict(zip(means, gathered[:, :-2].mean(dim=0).tolist(), strict=True))
+        seconds, wall = self.clock.report()
+        shares = {f"time_{name}": max(seconds.get(name, 0.0), 0.0) / wall for name in SHARES}
+        report = {"loss" if name == "total" else f"loss_{name}": value for name, value in losses.items()}
+        report |= {f"batches_{name}": self._sources[name] for name in sorted({*SOURCES, *self._sources})}
+        report |= {"replay_size": int(buffered), "tokens_per_second": tokens / wall, **shares}
+        report["time_other"] = max(1.0 - sum(shares.values()), 0.0)
+        self._sums, self._steps, self._sources, self._tokens = {}, {}, Counter(), 0
+        return report

@@ -1,0 +1,117 @@
+"""A `transformers.Trainer` whose checkpoints carry more state and are known to be whole: it outlives any kill."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer
+
+from distillm_ext.training.checkpoint import (
+    is_complete,
+    list_checkpoints,
+    load_state,
+    mark_complete,
+    newest_complete_checkpoint,
+    remove_checkpoint,
+    rotate,
+    save_state,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(Trainer):
+    """Adds a completion marker, and hooks for what a subclass must save. See `distillm_ext.training.checkpoint`."""
+
+    @abstractmethod
+    def extra_state(self) -> dict[str, Any]:
+        """JSON-serialisable state that is equal on all ranks."""
+
+    @abstractmethod
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """Tensors of this rank."""
+
+    @abstractmethod
+    def reset_extra_state(self) -> None:
+        """Goes back to the state before step 0."""
+
+    @abstractmethod
+    def load_extra_state(self, state: Mapping[str, Any], tensors: list[dict[str, Tensor]]) -> None:
+        """Restores `extra_state` and, from those of every rank that saved, `extra_tensors`."""
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Trains, from the start or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder; or True for the newest complete one in `output_dir`, not
+                one that a killed run did not finish.
+            trial, ignore_keys_for_eval: as in `transformers.Trainer.train`.
+
+        Raises:
+            ValueError: the checkpoint is not complete, or there is none.
+        """
+        path = self._resolve_checkpoint(resume_from_checkpoint)
+        self.reset_extra_state()
+        if path is not None:
+            self.load_extra_state(*load_state(Path(path)))
+        return super().train(resume_from_checkpoint=path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+
+    def _resolve_checkpoint(self, wanted: str | bool | None) -> str | None:
+        if wanted is None or wanted is False:
+            return None
+        if wanted is True:
+            output_dir = str(self.args.output_dir)
+            newest = newest_complete_checkpoint(output_dir)
+            if newest is None:
+                unfinished = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+                raise ValueError(
+                    f"resume_from_checkpoint=True: no complete checkpoint in {output_dir} (unfinished: {unfinished}); "
+                    "start without it"
+                )
+            logger.info("resuming from %s", newest)
+            return newest
+        if not is_complete(wanted, resumable=True):
+            raise ValueError(
+                f"resume_from_checkpoint: {wanted} is not a complete checkpoint of this trainer (no marker, or saved "
+                "with save_only_model); pass True for the newest complete one"
+            )
+        return str(wanted)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.is_dir():
+            remove_checkpoint(folder)  # left by a run that was killed, or by one that took another course from here
+        self.accelerator.wait_for_everyone()
+        self._save_transformers_files(model, trial)
+        save_state(
+            folder,
+            state=self.extra_state() if self.args.should_save else None,
+            tensors=self.extra_tensors(),
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder, step=self.state.global_step, resumable=not self.args.save_only_model)
+            rotate(run_dir, limit=self.args.save_total_limit, keep=(folder, self.state.best_model_checkpoint))
+        self.accelerator.wait_for_everyone()
+
+    def _save_transformers_files(self, model: Any, trial: Any) -> None:
+        """The parent's files, without its rotation: that would delete the last complete checkpoint while this one is
+        still without its marker."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit

@@ -1,0 +1,218 @@
+"""What is checked and prepared once, before a run: processes, data sets, vocabularies, objectives."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import nn
+
+from distillm_ext.training.collators import DistillationCollator
+from distillm_ext.training.config import DistillationConfig
+from distillm_ext.training.data import prepare_dataset
+from distillm_ext.training.objectives import CrossEntropyObjective, DivergenceObjective, Objective, ObjectiveSchedule
+from distillm_ext.training.plain_text import PlainTextBatches, pack_text
+from distillm_ext.training.replay import ReplayBuffer
+from distillm_ext.training.responses import ModelResponses, end_token_ids
+from distillm_ext.training.rollouts import Rollouts
+from distillm_ext.training.rows import load_rows
+
+logger = logging.getLogger(__name__)
+
+
+def check_arguments(model: Any, teacher: Any, args: Any, tokenizer: Any) -> None:
+    """Refuses arguments of the wrong kind before anything is set up.
+
+    Raises:
+        TypeError, ValueError: names the argument of `DistillationTrainer`.
+    """
+    if not isinstance(args, DistillationConfig):
+        raise TypeError(f"args: expected a DistillationConfig, got {type(args).__name__}")
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
+        raise TypeError(
+            f"model: expected a causal language model of transformers, got {type(model).__name__}; load one with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    if model is teacher:
+        raise ValueError("teacher: is the same object as model; freezing it would freeze the student. Load it twice")
+    if tokenizer is None:
+        raise TypeError("processing_class: expected the tokenizer that student and teacher share, got None")
+
+
+def check_processes(args: DistillationConfig) -> None:
+    """Refuses launches that would silently train one model per process, or replicate it within one.
+
+    Raises:
+        RuntimeError: the launcher's number of processes is not the one the arguments see.
+        ValueError: several GPUs in one process.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise RuntimeError(
+            f"the launcher started {launched} processes, but the training arguments see {args.world_size}: every "
+            "process would train a model of its own. On CPU set use_cpu=True; on GPUs check that each process sees one"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process: torch.nn.DataParallel is not supported; start one process per GPU with "
+            "`torchrun --nproc_per_node N` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES"
+        )
+
+
+def prepare_split(dataset: Dataset | None, tokenizer: Any, args: DistillationConfig, source: str) -> Dataset | None:
+    """Tokenises a data set and numbers its rows (column `row`), which names them in generation and storage.
+
+    None stays None.
+    """
+    if dataset is None:
+        return None
+    with args.main_process_first(desc=f"tokenising {source}"):
+        rows = prepare_dataset(
+            dataset, tokenizer, max_prompt_length=args.max_prompt_length, max_length=args.max_length, source=source
+        )
+    if len(rows) == 0:
+        raise ValueError(f"{source}: expected at least one row, got none")
+    return rows.add_column("row", np.arange(len(rows), dtype=np.int64))
+
+
+def prepare_eval(
+    dataset: Dataset | dict[str, Dataset] | None, tokenizer: Any, args: DistillationConfig
+) -> Dataset | dict[str, Dataset] | None:
+    """`prepare_split` for the evaluation set, or for each of several.
+
+    Raises:
+        ValueError: the policy needs one evaluation set, and there is none or more than one.
+    """
+    if args.policy == "adaptive_off_policy" and (dataset is None or isinstance(dataset, dict)):
+        found = "none" if dataset is None else f"a dict of {len(dataset)}"
+        raise ValueError(
+            f"eval_dataset: policy 'adaptive_off_policy' compares validation losses to set φ and needs one data set; "
+            f"got {found}"
+        )
+    if isinstance(dataset, dict):
+        return {name: prepare_split(split, tokenizer, args, f"eval_dataset[{name}]") for name, split in dataset.items()}
+    return prepare_split(dataset, tokenizer, args, "eval_dataset")
+
+
+def load_plain_text(args: DistillationConfig, dataset: Dataset | None, tokenizer: Any) -> list[np.ndarray] | None:
+    """Token blocks of the plain-text term, from the data set given or the one named in the configuration, or None."""
+    if dataset is None and args.lm_dataset is None:
+        return None
+    source = args.lm_dataset or "lm_dataset"
+    rows = load_rows(source) if dataset is None else dataset
+    return pack_text(rows, tokenizer, max_length=args.max_length, source=source)
+
+
+def compared_vocabulary(student: Any, teacher: Any, tokenizer: Any) -> int:
+    """Vocabulary entries that the loss compares: the least of both models' and the tokenizer's.
+
+    Entries beyond are padding of the embedding (151936 against 152064 in one model family): no text holds them, and
+    where one side lacks them a forward KL would be infinite.
+    """
+    sizes = {
+        "student": student.get_output_embeddings().weight.shape[0],
+        "teacher": teacher.get_output_embeddings().weight.shape[0],
+        "tokenizer": len(tokenizer),
+    }
+    size = min(sizes.values())
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in sizes.items())
+        logger.warning("vocabulary sizes differ (%s): the loss compares the first %d entries", listed, size)
+    return size
+
+
+def make_objectives(args: DistillationConfig, vocab_size: int) -> ObjectiveSchedule:
+    """The main objective and, if configured, the one of the warm-up."""
+    main = DivergenceObjective(
+        args.divergence, args.alpha, args.beta, args.temperature, ce_weight=args.ce_weight, vocab_size=vocab_size
+    )
+    warmup: Objective | None = None
+    if args.warmup_objective == "sft":
+        warmup = CrossEntropyObjective()
+    elif args.warmup_objective == "forward_kl":
+        warmup = DivergenceObjective("forward_kl", vocab_size=vocab_size)
+    return ObjectiveSchedule(main, warmup, args.warmup_objective_steps)
+
+
+def replay_capacity(args: DistillationConfig) -> int:
+    """Sequences in the replay buffer of one process.
+
+    Raises:
+        ValueError: the adaptive policy could never replay, for one process's share is smaller than its batch.
+    """
+    share = args.replay_capacity // args.world_size
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if args.policy == "adaptive_off_policy" and share < batch:
+        raise ValueError(
+            f"replay_capacity: {args.replay_capacity} over {args.world_size} processes leaves {share} sequences for "
+            f"each, fewer than the {batch} of an optimizer step; set it to at least {batch * args.world_size}"
+        )
+    return max(share, 1)
+
+
+def make_rollouts(
+    args: DistillationConfig,
+    *,
+    collator: DistillationCollator,
+    tokenizer: Any,
+    student: Callable[[], Any],
+    teacher: Any,
+    vocab_size: int,
+    autocast: Callable[[], Any],
+    train_dataset: Dataset | None,
+) -> Rollouts:
+    """Buffer, response sources and batches as the configuration wants them."""
+
+    def answers(model: Callable[[], Any], context: Callable[[], Any]) -> ModelResponses:
+        return ModelResponses(
+            model,
+            args.sampling_params,
+            max_new_tokens=min(args.max_new_tokens, args.max_length - 1),
+            eos_token_ids=end_token_ids(tokenizer, model()),
+            pad_token_id=collator.pad_token_id,
+            vocab_size=vocab_size,
+            batch_size=args.generation_batch_size
+            or args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            autocast=context,
+        )
+
+    def prompts_of_this_process() -> list[tuple[list[int], int]]:
+        assert train_dataset is not None  # only a training step asks
+        rows = train_dataset.select(range(args.process_index, len(train_dataset), args.world_size))
+        return [(row["input_ids"][: row["prompt_length"]], row["row"]) for row in rows]
+
+    return Rollouts(
+        collator=collator,
+        buffer=ReplayBuffer(replay_capacity(args), seed=args.seed, rank=args.process_index),
+        student=answers(student, autocast),
+        teacher=answers(lambda: teacher, contextlib.nullcontext),
+        prompts_of_rows=prompts_of_this_process,
+        gather=gather_object if args.world_size > 1 else list,
+        seed=args.seed,
+        max_length=args.max_length,
+        device=args.device,
+    )
+
+
+def make_plain_text(
+    args: DistillationConfig, blocks: list[np.ndarray] | None, collator: DistillationCollator
+) -> PlainTextBatches | None:
+    """The plain-text term's batches, or None where it has no text or no weight."""
+    if blocks is None or args.lm_weight == 0:
+        return None
+    return PlainTextBatches(
+        blocks,
+        collator,
+        batch_size=args.per_device_train_batch_size,
+        micro_batches=args.gradient_accumulation_steps,
+        seed=args.seed,
+        rank=args.process_index,
+        world_size=args.world_size,
+        device=args.device,
+    )

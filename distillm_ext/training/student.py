@@ -1,0 +1,88 @@
+"""The student's forward pass inside whatever wraps it (DDP, FSDP2, mixed precision), with the loss at the head.
+
+Calling the unwrapped model under DDP leaves gradients unsynchronised, and using the head's weight outside the wrapper
+breaks untied heads and FSDP2. So the wrapper is called as usual, its innermost forward is replaced for the duration of
+the call, and the loss is computed inside the head's own forward, where the wrapper has made the head's weight whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillm_ext.training.heads import LogitReader, TokenBatch
+
+# From the logits of each batch, [R_i, V] in the order given, to the loss (or any tensor).
+Consumer = Callable[[list[Tensor]], Tensor]
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Replaces `module.forward` and yields the one that was there.
+
+    Accelerate keeps its autocast wrapper as an attribute of the instance: it is put back, not deleted.
+    """
+    own = module.__dict__.get("forward")
+    before = module.forward
+    module.forward = forward
+    try:
+        yield before
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = own
+
+
+class StudentForward:
+    """Runs batches through the wrapped student and hands their logits to a consumer inside the head.
+
+    Args:
+        model: the student without wrappers.
+        autocast: returns the context of the run's mixed precision (`accelerator.autocast`). The replaced forward
+            bypasses the one that Accelerate put around the model's own.
+    """
+
+    def __init__(self, model: nn.Module, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        self.model = model
+        self.reader = LogitReader(model)
+        self.autocast = autocast
+
+    def __call__(self, wrapped: nn.Module, batches: Sequence[TokenBatch], consume: Consumer) -> Tensor:
+        """Returns what `consume` makes of the logits.
+
+        Args:
+            wrapped: the student as it is called in training (DDP, FSDP2, or the model itself).
+            batches: one or more batches; all go through the head in one product.
+            consume: called once, with one [R_i, V] tensor per batch.
+        """
+        model = self.model
+        run = self._through_head if self.reader.splits else self._through_model
+        with contextlib.ExitStack() as stack:
+            before: list[Callable[..., Any]] = []
+
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                with self.autocast():
+                    return run(batches, consume, before[0])
+
+            before.append(stack.enter_context(replaced_forward(model, forward)))
+            return wrapped(input_ids=batches[0].input_ids)
+
+    def _through_head(self, batches: Sequence[TokenBatch], consume: Consumer, forward: Callable[..., Any]) -> Tensor:
+        rows = [self.reader.hidden(batch) for batch in batches]
+        sizes = [len(row) for row in rows]
+        head = self.reader.head
+
+        def head_forward(hidden: Tensor) -> Tensor:
+            logits = self.reader.transform(project(hidden))
+            return consume(list(logits.split(sizes)))
+
+        with replaced_forward(head, head_forward) as project:
+            return head(torch.cat(rows) if len(rows) > 1 else rows[0])
+
+    def _through_model(self, batches: Sequence[TokenBatch], consume: Consumer, forward: Callable[..., Any]) -> Tensor:
+        return consume([self.reader.full(batch, forward) for batch in batches])

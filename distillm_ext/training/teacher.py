@@ -1,0 +1,55 @@
+"""The teacher as a source of logits and of responses: frozen, in evaluation mode, never part of what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distillm_ext.training.heads import LogitReader, TokenBatch
+
+TEACHER_DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class ModelTeacher:
+    """Logits from a causal language model.
+
+    The model is frozen and put into evaluation mode in place. It is neither wrapped nor autocast: it runs in its own
+    dtype.
+
+    Args:
+        model: causal LM; its vocabulary may differ in size from the student's.
+        device: where to put it. A model that was spread over devices (`hf_device_map`) or quantised stays where it is.
+        dtype: a name of `TEACHER_DTYPES`; "auto" keeps the dtype it was loaded in.
+
+    Raises:
+        TypeError: `model` is not a causal LM of transformers.
+    """
+
+    def __init__(self, model: Any, *, device: torch.device, dtype: str = "auto") -> None:
+        if not (isinstance(model, torch.nn.Module) and hasattr(model, "get_output_embeddings")):
+            raise TypeError(
+                f"teacher: expected a causal language model of transformers, got {type(model).__name__}; load one with "
+                "AutoModelForCausalLM.from_pretrained"
+            )
+        placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+        if not placed:
+            model.to(device=device, dtype=TEACHER_DTYPES[dtype])
+        self.model = model.requires_grad_(False).eval()
+        self.reader = LogitReader(model)
+
+    def verify(self, token_ids: Sequence[int]) -> bool:
+        """See `LogitReader.verify`."""
+        return self.reader.verify(token_ids, "teacher")
+
+    @torch.no_grad()
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """[R, V_teacher] logits at the batch's positions."""
+        return self.reader.logits(batch)

@@ -1,0 +1,288 @@
+"""`DistillationTrainer`: transformers' training loop around three independent choices: loss, data policy, teacher.
+
+One optimizer step:
+1. `get_batch_samples`: the policy decides where the sequences come from (the same on every rank), `Rollouts` generates
+   or replays them, and the targets of the whole step are counted over all ranks.
+2. `compute_loss`, per micro-batch: the teacher's logits at the target positions, then the student's, with the loss
+   computed inside the student's head. loss = sum / count × processes, so any split of a step gives the same gradient.
+3. At each validation the policy sees the validation loss.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from distillm_ext.training import setup
+from distillm_ext.training.collators import DistillationCollator
+from distillm_ext.training.config import DistillationConfig
+from distillm_ext.training.heads import TokenBatch
+from distillm_ext.training.meters import Meters
+from distillm_ext.training.objectives import LossParts, cross_entropy
+from distillm_ext.training.philox import Stream, uniform
+from distillm_ext.training.policies import Decision, Source, StepContext, make_policy
+from distillm_ext.training.resumable import ResumableTrainer
+from distillm_ext.training.schedule import SCHEDULES
+from distillm_ext.training.student import StudentForward
+from distillm_ext.training.teacher import ModelTeacher
+from distillm_ext.training.validation import TokenWeightedEvaluation
+
+logger = logging.getLogger(__name__)
+_COLUMNS = ["input_ids", "loss_mask", "prompt_length", "row"]
+
+
+class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
+    """Trains a student to follow a teacher.
+
+    Args:
+        model: the student, a causal LM of transformers (or a PEFT model around one).
+        teacher: a causal LM of transformers. It is frozen and put into evaluation mode in place.
+        args: a `DistillationConfig`.
+        train_dataset: rows with `prompt`/`completion` or `messages`, or token rows of `prepare_dataset`.
+        eval_dataset: the same; needed by the policy "adaptive_off_policy".
+        processing_class: the tokenizer, shared by student and teacher.
+        lm_dataset: plain text (`text` or `input_ids`) for the additional language-modelling loss, in place of the file
+            that `args.lm_dataset` names.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Logged with every loss: `loss`, `loss_divergence`, `loss_ce`, `loss_lm` (means per optimizer step), `phi`,
+    `batches_data` / `batches_fresh` / `batches_replay` (optimizer steps by source since the last log), `replay_size`
+    (all processes), `tokens_per_second` (all processes), `time_generation` / `time_teacher` / `time_student` /
+    `time_loss` / `time_other` (shares of the time, evaluation and checkpoints left out). `state.log_history` also has
+    `batch_source`, the source of the last step. Evaluation reports `eval_loss` (next-token cross-entropy on the ground
+    truth, nats per token) and `eval_divergence` (KL(teacher ‖ student)), both weighted by token.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or does not fit the configuration.
+        RuntimeError: the launcher's processes are not the ones that train.
+
+    Example:
+        >>> trainer = DistillationTrainer(student, teacher, DistillationConfig(output_dir="out"), train_dataset=rows,
+        ...                               processing_class=tokenizer)
+        >>> trainer.train()
+    """
+
+    # compute_loss divides by the targets of the whole optimizer step: no further division by accumulation steps.
+    loss_is_scaled_for_ga = True
+    args: DistillationConfig
+    data_collator: DistillationCollator
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        args: DistillationConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        lm_dataset: Dataset | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        setup.check_arguments(model, teacher, args, processing_class)
+        setup.check_processes(args)
+        tokenizer: Any = processing_class
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=DistillationCollator(pad if pad is not None else 0),
+            train_dataset=setup.prepare_split(train_dataset, tokenizer, args, "train_dataset"),
+            eval_dataset=setup.prepare_eval(eval_dataset, tokenizer, args),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.teacher = ModelTeacher(teacher, device=args.device, dtype=args.teacher_dtype)
+        self.student = StudentForward(self.accelerator.unwrap_model(self.model), self.accelerator.autocast)
+        self._verify_heads()
+        self.vocab_size = setup.compared_vocabulary(self.student.model, teacher, tokenizer)
+        self.objectives = setup.make_objectives(args, self.vocab_size)
+        blocks = setup.load_plain_text(args, lm_dataset, tokenizer)
+        self.plain_text = setup.make_plain_text(args, blocks, self.data_collator)
+        self.reset_extra_state()
+
+    def _verify_heads(self) -> None:
+        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        if isinstance(dataset, Dataset):
+            probe = dataset[0]["input_ids"][:16]
+            self.teacher.verify(probe)
+            # A student that is still to be materialised cannot run yet; its split is trusted.
+            if not any(parameter.is_meta for parameter in self.student.model.parameters()):
+                self.student.reader.verify(probe, "student")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: Any = _COLUMNS
+
+    # ---- state in checkpoints
+
+    def reset_extra_state(self) -> None:
+        """A fresh policy, an empty buffer, no stored responses, nothing counted."""
+        args = self.args
+        schedule = SCHEDULES[args.schedule](args.sgo_initial, args.sgo_increment, args.sgo_threshold, args.replay_ratio)
+        self.policy = make_policy(args.policy, mixed_fraction=args.mixed_fraction, schedule=schedule)
+        self.rollouts = setup.make_rollouts(
+            args,
+            collator=self.data_collator,
+            tokenizer=self.processing_class,
+            student=lambda: self.accelerator.unwrap_model(self.model_wrapped),
+            teacher=self.teacher.model,
+            vocab_size=self.vocab_size,
+            autocast=self.accelerator.autocast,
+            train_dataset=self.train_dataset,
+        )
+        self._meters = Meters(args.device)
+
+    def extra_state(self) -> dict[str, Any]:
+        """φ and its reference loss; the epoch of stored responses."""
+        return {
+            "policy": self.args.policy,
+            "policy_state": self.policy.state_dict(),
+            "store_epoch": self.rollouts.store.epoch,
+        }
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """Replay buffer and stored responses of this process."""
+        return self.rollouts.pack()
+
+    def load_extra_state(self, state: Mapping[str, Any], tensors: list[dict[str, Tensor]]) -> None:
+        """Restores both. A run that goes on under another policy starts that policy anew."""
+        if state["policy"] != self.args.policy:
+            logger.warning("checkpoint of policy %r: %r starts anew", state["policy"], self.args.policy)
+            return
+        self.policy.load_state_dict(state["policy_state"])
+        self.rollouts.unpack(
+            tensors, store_epoch=state["store_epoch"], rank=self.args.process_index, world=self.args.world_size
+        )
+
+    # ---- one optimizer step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of one optimizer step, from the source the policy chose, and their targets on all ranks."""
+        self._meters.begin()
+        batches = list(islice(epoch_iterator, num_batches))
+        if not batches:
+            return [], None
+        step = self.state.global_step
+        decision = self._decide(step, sum(len(batch["row"]) for batch in batches))
+        with self._meters.clock.section("generation"):
+            # state.epoch is a float that rounding may have left just below the next epoch.
+            batches = self.rollouts.realise(decision, batches, step=step, epoch=int(self.state.epoch + 1e-6))
+        texts = self.plain_text.step(step, len(batches)) if self.plain_text is not None else []
+        targets = [sum(len(batch["targets"]) for batch in part) for part in (batches, texts)]
+        counts = torch.tensor(targets, device=device)
+        counts = self.accelerator.reduce(counts, reduction="sum").clamp(min=1)
+        self._meters.start_step(decision.source.value, sum(batch["num_tokens"] for batch in (*batches, *texts)))
+        for batch, text in zip(batches, texts, strict=False):
+            batch |= {"plain_text": text, "plain_text_items": counts[1]}
+        return batches, counts[0]
+
+    def _decide(self, step: int, batch_size: int) -> Decision:
+        if self.objectives.warming_up(step):
+            return Decision(Source.DATA)
+        before, buffer = self.objectives.steps_before_main, self.rollouts.buffer
+        context = StepContext(
+            step=step - before,
+            total_steps=self.state.max_steps - before,
+            draw=uniform(self.args.seed, Stream.SOURCE, step),
+            batch_size=batch_size,
+            buffer_size=len(buffer),
+            buffer_capacity=buffer.capacity,
+        )
+        return self.policy.decide(context)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As in the parent, timed as the student's share (the teacher's and the loss's are taken off it)."""
+        with self._meters.clock.section("student"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch of the current step: sum over its targets / targets of the step × processes.
+
+        Args:
+            model: the student as wrapped for training.
+            inputs: a micro-batch of `get_batch_samples`, or of the collator.
+            return_outputs: also return the detached loss parts.
+            num_items_in_batch: targets of the whole step on all ranks; None takes those of this micro-batch.
+        """
+        step, clock = self.state.global_step, self._meters.clock
+        objective = self.objectives.at(step)
+        batch, text = TokenBatch.from_inputs(inputs), inputs.get("plain_text")
+        count = num_items_in_batch if num_items_in_batch is not None else max(len(inputs["targets"]), 1)
+        teacher_logits = None
+        if objective.needs_teacher:
+            with clock.section("teacher"):
+                teacher_logits = self.teacher.logits(batch)
+        found = LossParts(torch.zeros(()))
+
+        def consume(logits: list[Tensor]) -> Tensor:
+            nonlocal found
+            with clock.section("loss"):
+                truth = inputs.get("ground_truth", True)
+                found = objective(logits[0], teacher_logits, inputs["targets"], num_items=count, ground_truth=truth)
+                if text is not None:
+                    found = self._with_plain_text(found, logits[1], text["targets"], inputs["plain_text_items"])
+                # DDP and FSDP average gradients over processes, and the count is over all of them.
+                return found.total * self.accelerator.num_processes
+
+        batches = [batch] if text is None else [batch, TokenBatch.from_inputs(text)]
+        loss = self.student(model, batches, consume)
+        parts = {name: part * self.accelerator.num_processes for name, part in found.parts.items()}
+        self._meters.add_losses(step, {**parts, "total": found.total.detach() * self.accelerator.num_processes})
+        return (loss, parts) if return_outputs else loss
+
+    def _with_plain_text(self, loss: LossParts, logits: Tensor, targets: Tensor, count: Tensor) -> LossParts:
+        lm = cross_entropy(logits, targets, count)
+        return LossParts(loss.total + self.args.lm_weight * lm, {**loss.parts, "lm": lm.detach()})
+
+    # ---- validation and logs
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        step = self.state.global_step
+        if skip_scheduler and step > 0:
+            return {}  # the evaluation on start belongs to step 0: a resumed run has had it
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if "eval_loss" in metrics:
+            # The validation at the end of a warm-up is the reference that the method starts from.
+            before = self.objectives.steps_before_main
+            self.policy.observe(metrics["eval_loss"], begun=before == 0 or step > before)
+        return metrics
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in the parent; its time is left out of the training's shares."""
+        with self._meters.clock.section("excluded"):
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._meters.clock.section("excluded"):
+            super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the loss parts, φ, sources, sizes, speed and time shares to every log of the training loss."""
+        if "loss" not in logs or not self.is_in_train:
+            return super().log(logs, start_time)
+        report = self._meters.report(
+            lambda values: self.accelerator.gather(values.unsqueeze(0)), len(self.rollouts.buffer)
+        )
+        super().log({**logs, **report, **self.policy.metrics()}, start_time)
+        # Text is for the history alone: TensorBoard takes numbers only.
+        newest: dict[str, Any] = self.state.log_history[-1]
+        newest["batch_source"] = self._meters.last_source

@@ -1,0 +1,117 @@
+"""Validation: cross-entropy on the ground truth and divergence from the teacher, weighted by token over the whole set.
+
+Averaging per-batch means would weight a short batch like a long one, and Accelerate repeats rows to fill the last
+batch: both change the loss that φ depends on. So every row reports sums, and repeated rows are dropped before adding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from distillm_ext.functional import distillation_loss
+from distillm_ext.training.heads import TokenBatch
+from distillm_ext.training.student import StudentForward
+from distillm_ext.training.teacher import ModelTeacher
+
+
+def row_sums(
+    student: Tensor, teacher: Tensor, targets: Tensor, rows: Tensor, num_rows: int, vocab_size: int | None
+) -> Tensor:
+    """Sums per row over its targets.
+
+    Args:
+        student: [R, V] logits.
+        teacher: [R, V_teacher] logits.
+        targets: [R] int64.
+        rows: [R] int64, the batch row each target belongs to.
+        num_rows: B.
+        vocab_size: entries of both vocabularies that the divergence compares.
+
+    Returns:
+        [B, 3] float32: cross-entropy of the student, KL(teacher ‖ student), number of targets.
+    """
+    teacher = teacher.to(student.device)
+    ce = functional.cross_entropy(student.float(), targets, reduction="none")
+    divergence = distillation_loss(
+        student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size
+    )
+    values = torch.stack([ce, divergence.to(ce), torch.ones_like(ce)], dim=1)
+    return torch.zeros(num_rows, 3, dtype=ce.dtype, device=ce.device).index_add_(0, rows, values)
+
+
+@dataclass
+class ValidationTotals:
+    """Totals over the rows seen so far."""
+
+    sums: Tensor | None = None
+    rows: int = 0
+
+    def add(self, per_row: Tensor) -> None:
+        """Adds the [B, 3] sums of one batch."""
+        totals = per_row.double().sum(dim=0)
+        self.sums = totals if self.sums is None else self.sums + totals
+        self.rows += len(per_row)
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Token-weighted means, named `prefix_loss` (nats per token) and `prefix_divergence`.
+
+        Raises:
+            ValueError: no target was seen, so there is nothing to average.
+        """
+        ce, divergence, count = self.sums.tolist() if self.sums is not None else (0.0, 0.0, 0.0)
+        if count == 0:
+            raise ValueError("eval_dataset: holds no response token; check its loss_mask and max_length")
+        return {f"{prefix}_loss": ce / count, f"{prefix}_divergence": divergence / count, f"{prefix}_tokens": count}
+
+
+class TokenWeightedEvaluation(Trainer):
+    """A trainer whose evaluation reports cross-entropy and divergence by token; no predictions are kept.
+
+    The class it is mixed into has `teacher`, `vocab_size`, and `student`, a `StudentForward`.
+    """
+
+    student: StudentForward
+    teacher: ModelTeacher
+    vocab_size: int
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Cross-entropy and divergence over the whole set; no predictions are kept."""
+        model: Any = self.model
+        if not self.accelerator._models:  # evaluation before any training
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        totals = ValidationTotals()
+        for inputs in dataloader:
+            with torch.no_grad():
+                per_row = self._validate(model, self._prepare_inputs(inputs))
+            # gather_for_metrics drops the rows that Accelerate repeated to fill the last batch.
+            totals.add(self.accelerator.gather_for_metrics(per_row))
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        metrics = totals.metrics(metric_key_prefix)
+        nothing: Any = None
+        return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=totals.rows)
+
+    def _validate(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        batch = TokenBatch.from_inputs(inputs)
+        num_rows, length = inputs["input_ids"].shape
+        teacher_logits = self.teacher.logits(batch)
+
+        def consume(logits: list[Tensor]) -> Tensor:
+            rows = batch.positions // length
+            return row_sums(logits[0], teacher_logits, inputs["targets"], rows, num_rows, self.vocab_size)
+
+        return self.student(model, [batch], consume)
