@@ -1,0 +1,128 @@
+"""Cost of the CUDA kernel of `divergence` without a GPU: counted by ptxsim, modelled for an H100, resources from ptxas.
+
+Nothing here is a timing. bench_divergence.py prints the same tables; alone:
+
+    python benchmarks/ptx_divergence.py
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import harness
+import ml_dtypes
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests"))
+
+import ptxsim  # noqa: E402
+from ptx_kernels import FUNCTORS, DivergenceCase, launch_divergence, launch_shape, ptxas_report  # noqa: E402
+
+__all__ = ["CounterRow", "cuda_counters", "ptxas_report", "publish_all"]
+
+VOCABULARIES = (32000, 50257, 128256, 151936)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+MODELLED_ROWS = 4096
+
+
+@dataclass
+class CounterRow:
+    """One case; "per entry" is per row and vocabulary entry."""
+
+    divergence: str
+    dtype: str
+    vocabulary: int
+    arch: str
+    staged_share: float  # of the row that stays in shared memory
+    read_bytes: float  # from global memory, per entry
+    written_bytes: float
+    load_efficiency: float  # bytes asked for / bytes of the 32-byte sectors touched
+    special_functions: float  # per entry
+    fp32_operations: float
+    issued_instructions: float
+    dram_ms: float  # lower bound for 4096 rows: every byte moved once
+    modelled_ms: float  # the largest of all lower bounds, every multiprocessor in use
+    limiter: str
+
+    def as_row(self) -> harness.Row:
+        return {
+            "divergence": self.divergence,
+            "dtype": self.dtype,
+            "V": self.vocabulary,
+            "staged": self.staged_share,
+            "B read": self.read_bytes,
+            "B written": self.written_bytes,
+            "efficiency": self.load_efficiency,
+            "mufu": self.special_functions,
+            "fp32": self.fp32_operations,
+            "issued": self.issued_instructions,
+            "dram ms": self.dram_ms,
+            "model ms": self.modelled_ms,
+            "limit": self.limiter,
+            "model / dram": self.modelled_ms / self.dram_ms,
+        }
+
+
+def modelled(counters: ptxsim.Counters, rows: int, gpu: str) -> tuple[float, float, str]:
+    """(DRAM bound, largest bound, its name) in ms for MODELLED_ROWS rows spread over the whole GPU."""
+    roofline = counters.roofline(gpu)
+    spread = roofline.sms_used / ptxsim.GPUS[gpu].sms
+    bounds = {name: s * (1 if name == "dram" else spread) for name, s in roofline.bounds.items()}
+    limiter = max(bounds, key=lambda name: bounds[name])
+    scale = 1e3 * MODELLED_ROWS / rows
+    return bounds["dram"] * scale, bounds[limiter] * scale, limiter
+
+
+def count_case(divergence: str, dtype: str, vocabulary: int, arch: str, gpu: str) -> CounterRow:
+    rows = 2
+    rng = np.random.default_rng(0)
+    student, teacher = ((rng.standard_normal((rows, vocabulary)) * 3).astype(DTYPES[dtype]) for _ in range(2))
+    case = DivergenceCase(student, teacher, divergence)
+    chunks = case.staging()
+    case.staged_chunks, threads = launch_shape(case, arch)
+    counters = launch_divergence(case, arch, threads, check_races=False).counters
+    entries = rows * vocabulary
+    dram_ms, modelled_ms, limiter = modelled(counters, rows, gpu)
+    return CounterRow(
+        divergence, dtype, vocabulary, arch, case.staged_chunks / chunks,
+        counters.load_bytes / entries, counters.store_bytes / entries, counters.load_efficiency,
+        counters.group("mufu_") / entries, counters.group("fp32_") / entries,
+        32 * counters.issued_warp_instructions / entries, dram_ms, modelled_ms, limiter,
+    )  # fmt: skip
+
+
+def cuda_counters(
+    divergences: tuple[str, ...] = tuple(FUNCTORS),
+    dtypes: tuple[str, ...] = ("bfloat16",),
+    vocabularies: tuple[int, ...] = VOCABULARIES,
+    arch: str = "sm_90",
+    gpu: str = "H100-SXM",
+) -> list[CounterRow]:
+    """Runs value and gradient of every case once under ptxsim."""
+    return [
+        count_case(divergence, dtype, vocabulary, arch, gpu)
+        for divergence in divergences
+        for dtype in dtypes
+        for vocabulary in vocabularies
+    ]
+
+
+def publish_all() -> None:
+    """Prints both tables and writes them to results/."""
+    title = (
+        f"divergence, sm_90, value and gradient: counts per entry; model of {MODELLED_ROWS} rows on H100 (no timing)"
+    )
+    harness.publish(title, [row.as_row() for row in cuda_counters()], "divergence_cuda_counters.csv")
+    resources = [
+        {"arch": arch, **asdict(kernel)}
+        for arch in ARCHITECTURES
+        for kernel in sorted(ptxas_report(arch), key=lambda kernel: kernel.kernel)
+    ]
+    harness.publish("CUDA kernels: registers and spills (ptxas -v)", resources, "cuda_resources.csv")
+
+
+if __name__ == "__main__":
+    publish_all()

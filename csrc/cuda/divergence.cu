@@ -1,0 +1,113 @@
+// `divergence` on CUDA: chooses the kernel of this divergence and pair of dtypes and launches one block per row.
+#include <algorithm>
+
+#include "divergence.cuh"
+#include "launch.h"
+
+namespace distillm {
+namespace {
+
+struct DivergenceKernel {
+  void (*function)(DivergenceArguments) = nullptr;
+  int slot_bytes = 0, chunk_entries = 0;
+};
+
+template <class Functor, class Student, class Teacher>
+DivergenceKernel instantiated() {
+  using Rows = RowPair<Student, Teacher>;
+  return {divergence_kernel<Functor, Student, Teacher>, Rows::kSlotBytes, Rows::N};
+}
+
+template <class Functor, class Student>
+DivergenceKernel kernel_for_teacher(const DivergenceCall& call) {
+  return call.student_type == call.teacher_type ? instantiated<Functor, Student, Student>()
+                                                : instantiated<Functor, Student, AnyElement>();
+}
+
+template <class Functor>
+DivergenceKernel kernel_for_pair(const DivergenceCall& call) {
+  switch (element_type(call.student_type)) {
+    case ElementType::kBFloat16: return kernel_for_teacher<Functor, BFloat16>(call);
+    case ElementType::kHalf: return kernel_for_teacher<Functor, Half>(call);
+    default: return kernel_for_teacher<Functor, float>(call);
+  }
+}
+
+DivergenceKernel kernel_for(const DivergenceCall& call) {
+#define DISTILLM_MATCH(public_name, Functor) \
+  if (call.options.divergence == public_name) return kernel_for_pair<Functor<float>>(call);
+  DISTILLM_FOR_EACH_DIVERGENCE(DISTILLM_MATCH)
+#undef DISTILLM_MATCH
+  return {};
+}
+
+// Rows share a multiprocessor as their staging allows; the threads of those blocks together should fill it.
+int threads_per_block(int64_t shared_bytes, int64_t chunks) {
+  const int64_t filling = shared_bytes > 72 * 1024 ? kMaxBlockThreads : shared_bytes > 36 * 1024 ? 512 : 256;
+  const int64_t useful = (chunks + kWarp - 1) / kWarp * kWarp;
+  return static_cast<int>(std::max<int64_t>(kWarp, std::min(filling, useful)));
+}
+
+// As much of a row pair as the shared memory of a block holds beside the kernel's own.
+int64_t staged_chunks(const DivergenceKernel& kernel, int64_t chunks, const DeviceScope& device) {
+  const int64_t room =
+      device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(sizeof(Scratch));
+  return std::min(chunks, room / kernel.slot_bytes);
+}
+
+DivergenceArguments arguments_of(const DivergenceCall& call, int64_t staged) {
+  const DivergenceOptions& options = call.options;
+  return {call.student,
+          call.teacher,
+          call.student_stride,
+          call.teacher_stride,
+          static_cast<int32_t>(call.student_vocab),
+          static_cast<int32_t>(call.teacher_vocab),
+          element_type(call.teacher_type),
+          static_cast<int32_t>(staged),
+          call.labels,
+          static_cast<const float*>(call.weight),
+          static_cast<const float*>(call.alpha),
+          static_cast<const float*>(call.cap),
+          static_cast<float*>(call.loss),
+          call.gradient,
+          options.ignore_index,
+          static_cast<float>(options.alpha),
+          static_cast<float>(1 / options.temperature),
+          static_cast<float>(options.ce_weight),
+          options.detach_mixture};
+}
+
+void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const DeviceScope& device) {
+  const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
+  check_grid(call.rows, vocab);
+  const int64_t chunks = most_chunks(static_cast<int>(vocab), kernel.chunk_entries);
+  const int64_t staged = staged_chunks(kernel, chunks, device);
+  const size_t shared_bytes = staged * kernel.slot_bytes;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_bytes)));
+  const int threads = threads_per_block(shared_bytes, chunks);
+  const dim3 grid(static_cast<unsigned>(call.rows));
+  kernel.function<<<grid, threads, shared_bytes, device.stream()>>>(arguments_of(call, staged));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::tuple<Tensor, Tensor> divergence(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
+                                      const std::optional<Tensor>& weight, const std::optional<Tensor>& alpha_rows,
+                                      const std::optional<Tensor>& cap, std::string name, double alpha,
+                                      double temperature, double ce_weight, int64_t ignore_index, bool detach_mixture,
+                                      bool need_gradient) {
+  const DeviceScope device(student);
+  const DivergenceTensors t =
+      prepare_divergence(student, teacher, labels, weight, alpha_rows, cap,
+                         {name, alpha, temperature, ce_weight, ignore_index, detach_mixture, need_gradient});
+  const DivergenceKernel kernel = kernel_for(t.call);
+  STD_TORCH_CHECK(kernel.function, "divergence '", name, "' has no CUDA kernel");
+  if (t.call.rows > 0) launch(kernel, t.call, device);
+  return {t.loss, t.gradient};
+}
+
+}  // namespace
+}  // namespace distillm
+
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { m.impl("divergence", TORCH_BOX(&distillm::divergence)); }

@@ -1,0 +1,91 @@
+"""The divergences in float64 NumPy, row by row and straight from their definitions: what the CUDA kernels must give.
+
+Written apart from the kernels and from distillm_ext.reference: log-probabilities throughout, no shared helper.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from ptx_kernels import DivergenceCase
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shifted = logits - logits.max()
+        return shifted - np.log(np.exp(shifted).sum())
+
+
+def times_log_ratio(log_a: np.ndarray, log_b: np.ndarray) -> np.ndarray:
+    """a * log(a / b), 0 where a is 0."""
+    a = np.exp(log_a)
+    with np.errstate(invalid="ignore"):
+        return np.where(a > 0, a * np.where(a > 0, log_a - log_b, 0), 0)
+
+
+def log_mixture(alpha: float, log_a: np.ndarray, log_b: np.ndarray) -> np.ndarray:
+    """log(alpha a + (1 - alpha) b)."""
+    with np.errstate(divide="ignore"):
+        return np.logaddexp(np.log(alpha) + log_a, np.log(1 - alpha) + log_b)
+
+
+def terms(name: str, log_p: np.ndarray, log_q: np.ndarray, alpha: float, detach: bool) -> tuple[float, np.ndarray]:
+    """Value of a row, and G_v = q_v * d value / d q_v."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    if name == "forward_kl":
+        return times_log_ratio(log_p, log_q).sum(), -p
+    if name == "reverse_kl":
+        value = times_log_ratio(log_q, log_p)
+        return value.sum(), value + q
+    with np.errstate(invalid="ignore"):
+        if name == "skew_kl":
+            log_m = log_mixture(alpha, log_p, log_q)
+            return times_log_ratio(log_p, log_m).sum(), -(1 - alpha) * np.where(p > 0, np.exp(log_p + log_q - log_m), 0)
+        assert name == "skew_reverse_kl"
+        log_m = log_mixture(alpha, log_q, log_p)
+        value = times_log_ratio(log_q, log_m)
+        q_over_m = np.where(q > 0, np.exp(log_q - log_m), 0)
+        return value.sum(), value + q * (1 - (0 if detach else alpha) * q_over_m)
+
+
+def padded(logits: np.ndarray, vocab: int) -> np.ndarray:
+    return np.concatenate([logits.astype(np.float64), np.full(vocab - len(logits), -np.inf)])
+
+
+def row_reference(case: DivergenceCase, row: int) -> tuple[float, np.ndarray, np.ndarray]:
+    """Loss and gradient of one row, whatever the inputs, and the magnitude of what each gradient is a difference of."""
+    vocab = case.student.shape[1]
+    weight = 1.0 if case.weight is None else float(case.weight[row])
+    label = None if case.labels is None else int(case.labels[row])
+    cap = np.inf if case.cap is None else float(case.cap[row])
+    alpha = case.alpha if case.alpha_rows is None else float(case.alpha_rows[row])
+    if weight == 0 or label == case.ignore_index:
+        return 0.0, np.zeros(vocab), np.zeros(vocab)
+    widest = max(vocab, case.teacher.shape[1])
+    student, teacher = padded(case.student[row], widest), padded(case.teacher[row], widest)
+    log_q, log_p = log_softmax(student / case.temperature), log_softmax(teacher / case.temperature)
+    legal = not np.isnan([weight, cap, log_q.sum(), log_p.sum()]).any() and student.max() < np.inf > teacher.max()
+    if "skew" in case.divergence:
+        legal = legal and 0 <= alpha <= 1
+    if case.ce_weight:
+        legal = legal and 0 <= label < vocab
+    if not legal:
+        return np.nan, np.full(vocab, np.nan), np.zeros(vocab)
+
+    value, g = terms(case.divergence, log_p, log_q, alpha, case.detach_mixture)
+    q, gradient, magnitude = np.exp(log_q), np.zeros(widest), np.zeros(widest)
+    if value <= cap and value < np.inf:
+        gradient = (g - q * g.sum()) / case.temperature
+        magnitude = (np.abs(g) + q * np.abs(g).sum()) / case.temperature
+    loss = min(value, cap)
+    if case.ce_weight:
+        log_unit = log_softmax(student)
+        loss -= case.ce_weight * log_unit[label]
+        gradient += case.ce_weight * (np.exp(log_unit) - (np.arange(widest) == label))
+        magnitude += case.ce_weight * (np.exp(log_unit) + (np.arange(widest) == label))
+    return weight * loss, weight * gradient[:vocab], abs(weight) * magnitude[:vocab]
+
+
+def reference(case: DivergenceCase) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Losses [R], gradients [R, Vs] and their magnitudes [R, Vs], to which rounding errors are proportional."""
+    losses, gradients, magnitudes = zip(*(row_reference(case, row) for row in range(len(case.student))), strict=True)
+    return np.array(losses), np.stack(gradients), np.stack(magnitudes)

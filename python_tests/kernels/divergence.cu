@@ -1,0 +1,6 @@
+// One instantiation of the divergence kernel for ptxsim, chosen by -DFUNCTOR= -DSTUDENT= -DTEACHER=.
+#include "cuda/divergence.cuh"
+
+using namespace distillm;
+
+template __global__ void distillm::divergence_kernel<FUNCTOR<float>, STUDENT, TEACHER>(const DivergenceArguments);
