@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # One library for every torch from 2.10 on.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-# Without trapping-math semantics g++ may turn a select into a vector blend; values are unaffected.
-VECTORISE = ["-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno"]
+# Without trapping-math semantics g++ may turn a select into a vector blend; unswitching a loop on a row constant would
+# leave one of the two copies scalar. Values are unaffected.
+VECTORISE = ["-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno", "-fno-unswitch-loops"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", *VECTORISE, "-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden", "-DUSE_CUDA"]
 

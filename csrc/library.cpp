@@ -14,7 +14,8 @@
 STABLE_TORCH_LIBRARY(distillm_ext, m) {
   m.def(
       "divergence(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, "
-      "str divergence, float alpha, float temperature, float ce_weight, int ignore_index, bool detach_mixture, "
+      "str divergence, float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool "
+      "detach_mixture, "
       "bool need_gradient) -> (Tensor loss, Tensor gradient)");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");
   m.def("cpu_instruction_set() -> str");

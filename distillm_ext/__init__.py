@@ -12,14 +12,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .functional import (
         DIVERGENCES,
+        alpha_beta_loss,
         distillation_loss,
         forward_kl_loss,
+        generalized_js_loss,
         reverse_kl_loss,
         skew_kl_loss,
         skew_reverse_kl_loss,
+        total_variation_loss,
     )
     from .information import build_info
-    from .losses import DistillationLoss, ForwardKLLoss, ReverseKLLoss, SkewKLLoss, SkewReverseKLLoss
+    from .losses import (
+        AlphaBetaLoss,
+        DistillationLoss,
+        ForwardKLLoss,
+        GeneralizedJSLoss,
+        ReverseKLLoss,
+        SkewKLLoss,
+        SkewReverseKLLoss,
+        TotalVariationLoss,
+    )
 
 try:
     __version__ = version("distillm_ext")
@@ -31,29 +43,47 @@ _HOME = {
         "DIVERGENCES",
         "distillation_loss",
         "forward_kl_loss",
+        "total_variation_loss",
+        "generalized_js_loss",
+        "alpha_beta_loss",
         "reverse_kl_loss",
         "skew_kl_loss",
         "skew_reverse_kl_loss",
     ),
-    "losses": ("DistillationLoss", "ForwardKLLoss", "ReverseKLLoss", "SkewKLLoss", "SkewReverseKLLoss"),
+    "losses": (
+        "AlphaBetaLoss",
+        "DistillationLoss",
+        "ForwardKLLoss",
+        "GeneralizedJSLoss",
+        "ReverseKLLoss",
+        "SkewKLLoss",
+        "SkewReverseKLLoss",
+        "TotalVariationLoss",
+    ),
     "information": ("build_info",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AlphaBetaLoss",
     "DIVERGENCES",
     "DistillationLoss",
     "ForwardKLLoss",
+    "GeneralizedJSLoss",
     "ReverseKLLoss",
     "SkewKLLoss",
     "SkewReverseKLLoss",
+    "TotalVariationLoss",
     "__version__",
+    "alpha_beta_loss",
     "build_info",
     "distillation_loss",
     "forward_kl_loss",
+    "generalized_js_loss",
     "reverse_kl_loss",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
+    "total_variation_loss",
 ]
 
 

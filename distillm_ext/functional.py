@@ -14,9 +14,20 @@ from .ops.divergence import DivergenceOptions, loss_dtype
 from .ops.divergence import divergence as divergence_op
 from .ops.extension import require_backend
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl")
-_SKEWED = ("skew_kl", "skew_reverse_kl")
-_DEFAULT_ALPHA = 0.1
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "generalized_js",
+    "total_variation",
+    "alpha_beta",
+    "token_adaptive",
+)
+# Published defaults of the hyper-parameters; a divergence that is not listed has none of that name.
+DEFAULT_ALPHA = {"skew_kl": 0.1, "skew_reverse_kl": 0.1, "alpha_beta": 0.2}
+DEFAULT_BETA = {"symmetric_kl": 0.9, "generalized_js": 0.5, "alpha_beta": 0.7}
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -27,6 +38,7 @@ def distillation_loss(
     *,
     divergence: str = "skew_kl",
     alpha: float | Tensor | None = None,
+    beta: float | None = None,
     temperature: float = 1.0,
     weight: Tensor | None = None,
     cap: float | Tensor | None = None,
@@ -41,12 +53,20 @@ def distillation_loss(
 
     With :math:`p = \mathrm{softmax}(z^{teacher}/T)` and :math:`q = \mathrm{softmax}(z^{student}/T)`, per position:
 
-    ==================  =====================================================================================
+    ==================  ====================================================================================
     forward_kl          :math:`KL(p \| q)` (Hinton et al., 2015)
     reverse_kl          :math:`KL(q \| p)` (MiniLLM, Gu et al., ICLR 2024)
+    symmetric_kl        :math:`(1-\beta) KL(p \| q) + \beta KL(q \| p)` (DistiLLM's code)
     skew_kl             :math:`KL(p \| \alpha p + (1-\alpha) q)` (DistiLLM, Ko et al., ICML 2024)
     skew_reverse_kl     :math:`KL(q \| (1-\alpha) p + \alpha q)` (DistiLLM)
-    ==================  =====================================================================================
+    generalized_js      :math:`\beta KL(p \| m) + (1-\beta) KL(q \| m),\; m = \beta p + (1-\beta) q`; beta = 0 is
+                        forward_kl, 1 is reverse_kl (GKD, Agarwal et al., ICLR 2024)
+    total_variation     :math:`\tfrac12 \sum |p - q|` (f-DISTILL, Wen et al., ACL 2023)
+    alpha_beta          :math:`\frac{-1}{ab} \sum [p^a q^b - \frac{a}{a+b} p^{a+b} - \frac{b}{a+b} q^{a+b}]`, a = alpha,
+                        b = beta; (1, 0) is forward_kl, (0, 1) reverse_kl (ABKD, Wang et al., ICML 2025)
+    token_adaptive      :math:`\sum w p \log\frac pq + (1-w) q \log\frac qp`, :math:`w = \frac p{p+q}` held constant
+                        (ToDi, Jung et al., EMNLP 2025)
+    ==================  ====================================================================================
 
     Values are in nats, true divergences (0 when p = q), and carry no :math:`T^2` factor. Positions are taken as
     aligned: no label is shifted here. The gradient flows to ``student_logits`` alone. Logits of -inf are legal
@@ -60,8 +80,10 @@ def distillation_loss(
             side has count as probability 0 on the other.
         labels: [...], integer. Positions equal to ``ignore_index`` are not read and contribute exactly 0, NaN or not.
         divergence: a name of the table.
-        alpha: weight of the first argument of KL in the mixture, in [0, 1]; a float, or a tensor [...] per position.
-            None: 0.1. 0 gives forward_kl and reverse_kl.
+        alpha: skew_kl, skew_reverse_kl: weight of the first argument of KL in the mixture, in [0, 1], None: 0.1; 0
+            gives forward_kl and reverse_kl. alpha_beta: a > 0, None: 0.2. A float, or a tensor [...] per position.
+        beta: symmetric_kl: weight of the reverse KL in [0, 1], None: 0.9; generalized_js: weight of the teacher in
+            [0, 1], None: 0.5; alpha_beta: b > 0, None: 0.7.
         temperature: T > 0, for both sides.
         weight: [...], weight of each position in the sum and in the mean.
         cap: per-position upper bound, a float or a tensor [...]; a capped divergence has gradient 0.
@@ -89,7 +111,7 @@ def distillation_loss(
     """
     _check_logits(student_logits, teacher)
     shape = student_logits.shape[:-1]
-    options = _checked_options(divergence, alpha, temperature, ce_weight, ignore_index, detach_mixture)
+    options = _checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
     if ce_weight != 0 and labels is None:
         raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
     if vocab_size is not None:
@@ -137,6 +159,7 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
 def _checked_options(
     divergence: str,
     alpha: float | Tensor | None,
+    beta: float | None,
     temperature: float,
     ce_weight: float,
     ignore_index: int,
@@ -144,13 +167,15 @@ def _checked_options(
 ) -> DivergenceOptions:
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
-    if alpha is not None and divergence not in _SKEWED:
-        raise ValueError(f"alpha has no meaning for {divergence}; leave it None or choose one of {', '.join(_SKEWED)}.")
     if detach_mixture and divergence != "skew_reverse_kl":
         raise ValueError(f"detach_mixture is an option of skew_reverse_kl, got divergence={divergence!r}.")
-    scalar = _DEFAULT_ALPHA if alpha is None or isinstance(alpha, Tensor) else _number(alpha, "alpha")
-    if not 0.0 <= scalar <= 1.0:
-        raise ValueError(f"alpha must lie in [0, 1], got {scalar}.")
+    scalar = None if isinstance(alpha, Tensor) else alpha
+    if alpha is not None and divergence not in DEFAULT_ALPHA:
+        raise ValueError(f"alpha has no meaning for {divergence}; leave it None.")
+    a = _hyper_parameter(scalar, "alpha", divergence, DEFAULT_ALPHA)
+    b = _hyper_parameter(beta, "beta", divergence, DEFAULT_BETA)
+    if divergence in ("symmetric_kl", "generalized_js", "alpha_beta"):
+        divergence = _limit(divergence, a, b, isinstance(alpha, Tensor))
     temperature = _number(temperature, "temperature")
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}.")
@@ -159,7 +184,32 @@ def _checked_options(
         raise ValueError(f"ce_weight must be finite and not negative, got {ce_weight}.")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}.")
-    return DivergenceOptions(divergence, scalar, temperature, ce_weight, ignore_index, bool(detach_mixture))
+    return DivergenceOptions(divergence, a, b, temperature, ce_weight, ignore_index, bool(detach_mixture))
+
+
+def _hyper_parameter(value: float | None, name: str, divergence: str, defaults: dict[str, float]) -> float:
+    if value is not None and divergence not in defaults:
+        raise ValueError(f"{name} has no meaning for {divergence}; leave it None.")
+    number = defaults.get(divergence, 0.0) if value is None else _number(value, name)
+    if divergence == "alpha_beta":
+        if not 0.0 <= number < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {number}.")
+    elif not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name} must lie in [0, 1], got {number}.")
+    return number
+
+
+def _limit(divergence: str, alpha: float, beta: float, alpha_rows: bool) -> str:
+    """The name under which the kernels know the ends of a family, which its own formula does not reach."""
+    if divergence != "alpha_beta":
+        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, divergence)
+    if not alpha_rows and (alpha, beta) in ((1.0, 0.0), (0.0, 1.0)):
+        return "forward_kl" if beta == 0.0 else "reverse_kl"
+    if beta == 0.0 or (alpha == 0.0 and not alpha_rows):
+        raise ValueError(
+            f"alpha_beta needs alpha > 0 and beta > 0, or one of the limits (1, 0) and (0, 1), got ({alpha}, {beta})."
+        )
+    return divergence
 
 
 def _number(value: float, name: str) -> float:
@@ -179,10 +229,12 @@ def _cut(student: Tensor, teacher: Tensor, vocab_size: int) -> tuple[Tensor, Ten
 
 def _check_vocabularies(options: DivergenceOptions, student: int, teacher: int) -> None:
     """Refuses what would be infinite at every position."""
-    forward = options.divergence == "forward_kl" or (options.divergence == "skew_kl" and options.alpha == 0)
-    reverse = options.divergence == "reverse_kl" or (options.divergence == "skew_reverse_kl" and options.alpha == 0)
+    zero_alpha = options.alpha == 0
+    both = options.divergence in ("symmetric_kl", "token_adaptive")
+    forward = both or options.divergence == "forward_kl" or (options.divergence == "skew_kl" and zero_alpha)
+    reverse = both or options.divergence == "reverse_kl" or (options.divergence == "skew_reverse_kl" and zero_alpha)
     if (forward and teacher > student) or (reverse and student > teacher):
-        wider = "teacher" if forward else "student_logits"
+        wider = "teacher" if teacher > student else "student_logits"
         raise ValueError(
             f"{options.divergence} is infinite when {wider} has entries that the other side lacks ({student} student, "
             f"{teacher} teacher entries); pass vocab_size={min(student, teacher)} to use the entries that both have."
@@ -276,3 +328,18 @@ def skew_kl_loss(student_logits: Tensor, teacher: Tensor, labels: Tensor | None 
 def skew_reverse_kl_loss(student_logits: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
     """`distillation_loss` with divergence="skew_reverse_kl": sum q log(q/m), m = (1 - alpha) p + alpha q."""
     return distillation_loss(student_logits, teacher, labels, divergence="skew_reverse_kl", **options)
+
+
+def generalized_js_loss(student_logits: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
+    """`distillation_loss` with divergence="generalized_js": beta KL(p|m) + (1 - beta) KL(q|m)."""
+    return distillation_loss(student_logits, teacher, labels, divergence="generalized_js", **options)
+
+
+def total_variation_loss(student_logits: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
+    """`distillation_loss` with divergence="total_variation": sum |p - q| / 2."""
+    return distillation_loss(student_logits, teacher, labels, divergence="total_variation", **options)
+
+
+def alpha_beta_loss(student_logits: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:
+    """`distillation_loss` with divergence="alpha_beta", a = alpha, b = beta."""
+    return distillation_loss(student_logits, teacher, labels, divergence="alpha_beta", **options)

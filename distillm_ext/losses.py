@@ -13,7 +13,7 @@ class DistillationLoss(nn.Module):
     """Callable `distillation_loss` with fixed hyper-parameters.
 
     Args:
-        divergence, alpha, temperature, cap, ignore_index, reduction, ce_weight, detach_mixture, vocab_size: as in
+        divergence, alpha, beta, temperature, cap, ignore_index, reduction, ce_weight, detach_mixture, vocab_size: as in
             `distillm_ext.distillation_loss`.
 
     Shape:
@@ -29,6 +29,7 @@ class DistillationLoss(nn.Module):
         divergence: str = "skew_kl",
         *,
         alpha: float | None = None,
+        beta: float | None = None,
         temperature: float = 1.0,
         cap: float | None = None,
         ignore_index: int = -100,
@@ -40,6 +41,7 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.divergence = divergence
         self.alpha = alpha
+        self.beta = beta
         self.temperature = temperature
         self.cap = cap
         self.ignore_index = ignore_index
@@ -94,3 +96,24 @@ class SkewReverseKLLoss(DistillationLoss):
 
     def __init__(self, alpha: float = 0.1, **options) -> None:
         super().__init__("skew_reverse_kl", alpha=alpha, **options)
+
+
+class GeneralizedJSLoss(DistillationLoss):
+    """`DistillationLoss` with divergence="generalized_js"."""
+
+    def __init__(self, beta: float = 0.5, **options) -> None:
+        super().__init__("generalized_js", beta=beta, **options)
+
+
+class TotalVariationLoss(DistillationLoss):
+    """`DistillationLoss` with divergence="total_variation"."""
+
+    def __init__(self, **options) -> None:
+        super().__init__("total_variation", **options)
+
+
+class AlphaBetaLoss(DistillationLoss):
+    """`DistillationLoss` with divergence="alpha_beta"."""
+
+    def __init__(self, alpha: float = 0.2, beta: float = 0.7, **options) -> None:
+        super().__init__("alpha_beta", alpha=alpha, beta=beta, **options)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .functional import DEFAULT_ALPHA, DEFAULT_BETA
+
 
 def _x_log_ratio(x: Tensor, log_x: Tensor, log_y: Tensor) -> Tensor:
     """x log(x / y) with 0 log 0 = 0, its gradient 0 there too; +inf where y is 0 and x is not."""
@@ -41,12 +43,35 @@ def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: Tensor, detach_mixture:
     return _x_log_ratio(log_q.exp(), log_q, mixture.detach() if detach_mixture else mixture).sum(-1)
 
 
+def generalized_js(log_p: Tensor, log_q: Tensor, beta: Tensor) -> Tensor:
+    mixture = _log_mix(log_p, log_q, beta)
+    of_p, of_q = _x_log_ratio(log_p.exp(), log_p, mixture), _x_log_ratio(log_q.exp(), log_q, mixture)
+    return (beta * of_p + (1 - beta) * of_q).sum(-1)
+
+
+def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def alpha_beta(log_p: Tensor, log_q: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    both = a + b
+    terms = (a * log_p + b * log_q).exp() - a / both * (both * log_p).exp() - b / both * (both * log_q).exp()
+    return -(terms / (a * b)).sum(-1)
+
+
+def token_adaptive(log_p: Tensor, log_q: Tensor) -> Tensor:
+    w = (log_p.exp() / (log_p.exp() + log_q.exp()).clamp(min=1e-300)).detach()
+    forward, reverse = _x_log_ratio(log_p.exp(), log_p, log_q), _x_log_ratio(log_q.exp(), log_q, log_p)
+    return (w * forward + (1 - w) * reverse).sum(-1)
+
+
 def per_token_divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
     divergence: str,
-    alpha: float | Tensor = 0.1,
+    alpha: float | Tensor | None = None,
+    beta: float | None = None,
     temperature: float = 1.0,
     detach_mixture: bool = False,
 ) -> Tensor:
@@ -59,13 +84,20 @@ def per_token_divergence(
         (F.pad(logits, (0, width - logits.shape[-1]), value=-torch.inf) / temperature).log_softmax(-1)
         for logits in (teacher_logits.detach(), student_logits)
     )
-    share = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device).unsqueeze(-1)
-    if divergence == "forward_kl":
-        return forward_kl(log_p, log_q)
-    if divergence == "reverse_kl":
-        return reverse_kl(log_p, log_q)
-    if divergence == "skew_kl":
-        return skew_kl(log_p, log_q, share)
-    if divergence == "skew_reverse_kl":
-        return skew_reverse_kl(log_p, log_q, share, detach_mixture)
-    raise ValueError(f"divergence '{divergence}' has no reference formula.")
+    alpha = DEFAULT_ALPHA.get(divergence, 0.0) if alpha is None else alpha
+    beta = DEFAULT_BETA.get(divergence, 0.0) if beta is None else beta
+    a, b = (torch.as_tensor(x, dtype=log_q.dtype, device=log_q.device).unsqueeze(-1) for x in (alpha, beta))
+    formulas = {
+        "forward_kl": lambda: forward_kl(log_p, log_q),
+        "reverse_kl": lambda: reverse_kl(log_p, log_q),
+        "symmetric_kl": lambda: (1 - b[0]) * forward_kl(log_p, log_q) + b[0] * reverse_kl(log_p, log_q),
+        "skew_kl": lambda: skew_kl(log_p, log_q, a),
+        "skew_reverse_kl": lambda: skew_reverse_kl(log_p, log_q, a, detach_mixture),
+        "generalized_js": lambda: generalized_js(log_p, log_q, b),
+        "total_variation": lambda: total_variation(log_p, log_q),
+        "alpha_beta": lambda: alpha_beta(log_p, log_q, a, b),
+        "token_adaptive": lambda: token_adaptive(log_p, log_q),
+    }
+    if divergence not in formulas:
+        raise ValueError(f"divergence '{divergence}' has no reference formula.")
+    return formulas[divergence]()

@@ -28,14 +28,30 @@ def log_mixture(alpha: float, log_a: np.ndarray, log_b: np.ndarray) -> np.ndarra
         return np.logaddexp(np.log(alpha) + log_a, np.log(1 - alpha) + log_b)
 
 
-def terms(name: str, log_p: np.ndarray, log_q: np.ndarray, alpha: float, detach: bool) -> tuple[float, np.ndarray]:
+def terms(
+    name: str, log_p: np.ndarray, log_q: np.ndarray, alpha: float, beta: float, detach: bool
+) -> tuple[float, np.ndarray]:
     """Value of a row, and G_v = q_v * d value / d q_v."""
     p, q = np.exp(log_p), np.exp(log_q)
+    forward, reverse = times_log_ratio(log_p, log_q), times_log_ratio(log_q, log_p)
     if name == "forward_kl":
-        return times_log_ratio(log_p, log_q).sum(), -p
+        return forward.sum(), -p
     if name == "reverse_kl":
-        value = times_log_ratio(log_q, log_p)
-        return value.sum(), value + q
+        return reverse.sum(), reverse + q
+    if name == "symmetric_kl":
+        return ((1 - beta) * forward + beta * reverse).sum(), -(1 - beta) * p + beta * (reverse + q)
+    if name == "total_variation":
+        return 0.5 * np.abs(p - q).sum(), 0.5 * q * np.sign(q - p)
+    if name == "alpha_beta":
+        bracket = p**alpha * q**beta - (alpha * p ** (alpha + beta) + beta * q ** (alpha + beta)) / (alpha + beta)
+        return -bracket.sum() / (alpha * beta), q**beta * (q**alpha - p**alpha) / alpha
+    if name == "token_adaptive":
+        w = p / np.maximum(p + q, 1e-300)
+        return (w * forward + (1 - w) * reverse).sum(), -w * p + (1 - w) * (reverse + q)
+    if name == "generalized_js":
+        log_m = log_mixture(beta, log_p, log_q)
+        of_q = times_log_ratio(log_q, log_m)
+        return (beta * times_log_ratio(log_p, log_m) + (1 - beta) * of_q).sum(), (1 - beta) * of_q
     with np.errstate(invalid="ignore"):
         if name == "skew_kl":
             log_m = log_mixture(alpha, log_p, log_q)
@@ -71,7 +87,7 @@ def row_reference(case: DivergenceCase, row: int) -> tuple[float, np.ndarray, np
     if not legal:
         return np.nan, np.full(vocab, np.nan), np.zeros(vocab)
 
-    value, g = terms(case.divergence, log_p, log_q, alpha, case.detach_mixture)
+    value, g = terms(case.divergence, log_p, log_q, alpha, case.beta, case.detach_mixture)
     q, gradient, magnitude = np.exp(log_q), np.zeros(widest), np.zeros(widest)
     if value <= cap and value < np.inf:
         gradient = (g - q * g.sum()) / case.temperature

@@ -22,9 +22,16 @@ TYPE_NUMBERS = {name: number for number, name in enumerate(TYPE_NAMES.values())}
 FUNCTORS = {
     "forward_kl": "ForwardKl",
     "reverse_kl": "ReverseKl",
-    "skew_kl": "SkewKl",
-    "skew_reverse_kl": "SkewReverseKl",
+    "skew_kl": "SkewKlFromZero",
+    "skew_reverse_kl": "SkewReverseKlFromZero",
+    "symmetric_kl": "SymmetricKl",
+    "generalized_js": "GeneralizedJs",
+    "total_variation": "TotalVariation",
+    "alpha_beta": "AlphaBeta",
+    "token_adaptive": "TokenAdaptive",
 }
+# Published defaults of alpha and beta, where they are not (0.1, unused).
+HYPER_PARAMETERS = {"symmetric_kl": (0.1, 0.9), "generalized_js": (0.1, 0.5), "alpha_beta": (0.2, 0.7)}
 
 
 def type_name(array: np.ndarray) -> str:
@@ -60,7 +67,8 @@ class DivergenceCase:
     weight: np.ndarray | None = None
     alpha_rows: np.ndarray | None = None
     cap: np.ndarray | None = None
-    alpha: float = 0.1
+    alpha: float | None = None  # None: the published default, as for beta
+    beta: float | None = None
     temperature: float = 1.0
     ce_weight: float = 0.0
     ignore_index: int = -100
@@ -68,6 +76,11 @@ class DivergenceCase:
     need_gradient: bool = True
     in_place: bool = False
     staged_chunks: int | None = None  # per row; None: all of them
+
+    def __post_init__(self) -> None:
+        alpha, beta = HYPER_PARAMETERS.get(self.divergence, (0.1, 0.0))
+        self.alpha = alpha if self.alpha is None else self.alpha
+        self.beta = beta if self.beta is None else self.beta
 
     @property
     def chunk_entries(self) -> int:
@@ -128,7 +141,7 @@ def launch_divergence(
         np.int32(vocab), np.int32(case.teacher.shape[1]), np.int32(TYPE_NUMBERS[type_name(case.teacher)]),
         np.int32(case.staging()),
         case.labels, case.weight, case.alpha_rows, case.cap, loss, target, np.int64(case.ignore_index),
-        np.float32(case.alpha), np.float32(1 / case.temperature), np.float32(case.ce_weight),
+        np.float32(case.alpha), np.float32(case.beta), np.float32(1 / case.temperature), np.float32(case.ce_weight),
         np.int32(case.detach_mixture),
     )  # fmt: skip
     module = module or divergence_module(arch, case.divergence, case.student, case.teacher)

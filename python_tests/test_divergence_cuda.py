@@ -9,11 +9,11 @@ import numpy as np
 import ptxsim
 import pytest
 from divergence_oracle import reference
-from ptx_kernels import DivergenceCase, divergence_module, launch_divergence, ptxas_report
+from ptx_kernels import FUNCTORS, DivergenceCase, divergence_module, launch_divergence, ptxas_report
 
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F32), (F16, BF16)]
-DIVERGENCES = ["forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl"]
+DIVERGENCES = list(FUNCTORS)
 ODD_SIZES = (1, 2, 7, 31, 1023, 4099)
 ROUNDING = {F32: 2.0**-24, BF16: 2.0**-8, F16: 2.0**-11}  # of one stored gradient
 SUBNORMAL = {F32: 1e-38, BF16: 1e-38, F16: 2.0**-24}
@@ -51,7 +51,8 @@ def check(case: DivergenceCase, arch: str = "sm_90", **options):
     np.testing.assert_allclose(result.loss, loss, rtol=2e-5, atol=3e-6)
     if result.gradient is not None:
         got = result.gradient.astype(np.float64)
-        allowed = ROUNDING[dtype] * np.abs(gradient) + 5e-6 * magnitude + SUBNORMAL[dtype]
+        precision = 2e-5 if case.divergence == "alpha_beta" else 5e-6  # powers scale the rounding of the logarithms
+        allowed = ROUNDING[dtype] * np.abs(gradient) + precision * magnitude + SUBNORMAL[dtype] + 1e-15
         assert (np.isnan(got) == np.isnan(gradient)).all()
         wrong = np.abs(got - gradient) > allowed
         assert not wrong.any(), (np.argwhere(wrong)[:5], got[wrong][:5], gradient[wrong][:5])
@@ -73,7 +74,7 @@ def test_divergences(divergence, rng):
     for temperature in (1.0, 2.0, 0.5):
         for detach in (False, True):
             check(DivergenceCase(student, teacher, divergence, temperature=temperature, detach_mixture=detach))
-    for alpha in (0.0, 0.3, 0.8, 1.0):
+    for alpha in (0.0, 0.3, 0.8, 1.0) if "skew" in divergence else ():
         check(DivergenceCase(student, teacher, divergence, alpha=alpha))
 
 

@@ -28,7 +28,7 @@ def test_opcheck(dtype, need_gradient):
     labels, rows = torch.tensor([1, 2, -100, 3]), torch.rand(4, dtype=side)
     for options in ((None, None, None, None), (labels, rows, rows, rows)):
         arguments = (
-            student if need_gradient else student.detach(), teacher, *options, "skew_kl", 0.1, 2.0,
+            student if need_gradient else student.detach(), teacher, *options, "skew_kl", 0.1, 0.0, 2.0,
             0.5 if options[0] is not None else 0.0, -100, False, need_gradient,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.distillm_ext.divergence.default, arguments)
@@ -40,7 +40,8 @@ def test_opcheck_scale_rows():
         torch.library.opcheck(torch.ops.distillm_ext.scale_rows_.default, (gradient, scale))
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+# The weight of token_adaptive is held constant, which finite differences do not see.
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "token_adaptive"])
 @pytest.mark.parametrize("temperature", (1.0, 1.7))
 def test_gradcheck(divergence, temperature):
     student, teacher = pair(5, 9, torch.float64)
@@ -152,13 +153,13 @@ def test_second_derivative_is_refused():
 
 def test_direct_calls_are_checked():
     student, teacher = pair()
-    options = DivergenceOptions("skew_kl", 0.1, 1.0, 0.0, -100, False)
+    options = DivergenceOptions("skew_kl", 0.1, 0.0, 1.0, 0.0, -100, False)
     with pytest.raises(RuntimeError, match="teacher must have as many rows"):
         divergence_op(student, teacher[:2], None, None, None, None, options)
     with pytest.raises(RuntimeError, match="weight must have shape"):
         divergence_op(student, teacher, None, torch.ones(3), None, None, options)
     with pytest.raises(RuntimeError, match="has no CPU kernel"):
-        divergence_op(student, teacher, None, None, None, None, DivergenceOptions("x", 0.1, 1.0, 0.0, -100, False))
+        divergence_op(student, teacher, None, None, None, None, DivergenceOptions("x", 0.1, 0.0, 1.0, 0.0, -100, False))
 
 
 @pytest.mark.parametrize("isa", ("generic", "x86-64-v2", "x86-64-v3", "x86-64-v4"))

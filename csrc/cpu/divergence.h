@@ -7,6 +7,10 @@
 
 namespace distillm {
 
+// At least `bytes` of memory that belong to the calling thread until its next call, aligned to a cache line. Kept from
+// call to call, so that kernels allocate nothing.
+void* thread_scratch(int64_t bytes);
+
 // Losses, and gradients when asked for, of the rows [begin, end).
 using DivergenceRows = void (*)(const DivergenceCall& call, int64_t begin, int64_t end);
 

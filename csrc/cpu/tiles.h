@@ -85,5 +85,16 @@ struct OutputRow {
   }
 };
 
+template <class Real>
+void fill_row(const OutputRow<Real>& output, int64_t vocab, Real value) {
+  alignas(64) Real buffer[kTile];
+  for (int64_t start = 0; start < vocab; start += kTile) {
+    const int64_t count = vocab - start < kTile ? vocab - start : kTile;
+    Real* out = output.tile(start, buffer);
+    for (int64_t i = 0; i < count; ++i) out[i] = value;
+    output.commit(start, count, out);
+  }
+}
+
 }  // namespace DISTILLM_ISA
 }  // namespace distillm

@@ -34,7 +34,7 @@ DivergenceKernel kernel_for_pair(const DivergenceCall& call) {
 }
 
 DivergenceKernel kernel_for(const DivergenceCall& call) {
-#define DISTILLM_MATCH(public_name, Functor) \
+#define DISTILLM_MATCH(public_name, Positive, AtZero, Functor) \
   if (call.options.divergence == public_name) return kernel_for_pair<Functor<float>>(call);
   DISTILLM_FOR_EACH_DIVERGENCE(DISTILLM_MATCH)
 #undef DISTILLM_MATCH
@@ -73,6 +73,7 @@ DivergenceArguments arguments_of(const DivergenceCall& call, int64_t staged) {
           call.gradient,
           options.ignore_index,
           static_cast<float>(options.alpha),
+          static_cast<float>(options.beta),
           static_cast<float>(1 / options.temperature),
           static_cast<float>(options.ce_weight),
           options.detach_mixture};
@@ -94,13 +95,13 @@ void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const De
 
 std::tuple<Tensor, Tensor> divergence(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
                                       const std::optional<Tensor>& weight, const std::optional<Tensor>& alpha_rows,
-                                      const std::optional<Tensor>& cap, std::string name, double alpha,
+                                      const std::optional<Tensor>& cap, std::string name, double alpha, double beta,
                                       double temperature, double ce_weight, int64_t ignore_index, bool detach_mixture,
                                       bool need_gradient) {
   const DeviceScope device(student);
   const DivergenceTensors t =
       prepare_divergence(student, teacher, labels, weight, alpha_rows, cap,
-                         {name, alpha, temperature, ce_weight, ignore_index, detach_mixture, need_gradient});
+                         {name, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, need_gradient});
   const DivergenceKernel kernel = kernel_for(t.call);
   STD_TORCH_CHECK(kernel.function, "divergence '", name, "' has no CUDA kernel");
   if (t.call.rows > 0) launch(kernel, t.call, device);

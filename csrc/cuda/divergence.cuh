@@ -34,7 +34,7 @@ struct DivergenceArguments {
   float* loss;
   void* gradient;  // contiguous, may be the student itself; null when not asked for
   int64_t ignore_index;
-  float alpha, inverse_temperature, ce_weight;
+  float alpha, beta, inverse_temperature, ce_weight;
   int32_t detach_mixture;
 };
 
@@ -57,7 +57,7 @@ struct RowInputs {
     return {a.weight ? a.weight[row] : 1.0f,
             a.cap ? a.cap[row] : CUDART_INF_F,
             a.labels ? a.labels[row] : 0,
-            {a.alpha_rows ? a.alpha_rows[row] : a.alpha, a.detach_mixture != 0}};
+            {a.alpha_rows ? a.alpha_rows[row] : a.alpha, a.beta, a.detach_mixture != 0}};
   }
   __device__ bool skipped(const DivergenceArguments& a) const {
     return weight == 0 || (a.labels && label == a.ignore_index);

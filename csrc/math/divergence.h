@@ -32,7 +32,7 @@ struct Term {
 // Hyper-parameters of one row.
 template <class Real>
 struct RowParameters {
-  Real alpha;
+  Real alpha, beta;
   bool detach_mixture;
 };
 
@@ -43,9 +43,15 @@ DISTILLM_HD Real a_log_a_over_b(Real a, Real log2_a, Real log2_b) {
   return a == Real(0) ? Real(0) : value;
 }
 
+// Every functor has
+//   kNeedsLogs   whether it reads the logarithms of the Entry; where not, a backend may leave them out
+//   legal(row)   whether the hyper-parameters of the row are in range; a row for which they are not becomes NaN
+//   Term operator()(Entry)
+
 // KL(p || q): sum p log(p/q), G = -p.
 template <class Real>
 struct ForwardKl {
+  static constexpr bool kNeedsLogs = true;
   DISTILLM_HD explicit ForwardKl(RowParameters<Real>) {}
   DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const { return {a_log_a_over_b(e.p, e.log2_p, e.log2_q), -e.p}; }
@@ -54,6 +60,7 @@ struct ForwardKl {
 // KL(q || p): sum q log(q/p), G = q (log(q/p) + 1).
 template <class Real>
 struct ReverseKl {
+  static constexpr bool kNeedsLogs = true;
   DISTILLM_HD explicit ReverseKl(RowParameters<Real>) {}
   DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
@@ -68,7 +75,7 @@ struct ReverseKl {
 // The mixture starts from the side with the larger weight and adds the difference, so that it is exactly a when a == b
 // (identical inputs give exactly 0) and loses no digits when a and b are far apart.
 //
-// Choices per row are comparisons of numbers at the point of use, not stored bools: g++ vectorises a select on a
+// The choice per row is a comparison of numbers at the point of use, not a stored bool: g++ vectorises a select on a
 // comparison only.
 template <class Real>
 struct SkewRatio {
@@ -81,50 +88,165 @@ struct SkewRatio {
   }
 };
 
+template <class Real>
+DISTILLM_HD bool in_unit_interval(Real x) {
+  return x >= Real(0) && x <= Real(1);
+}
+
 // KL(p || m), m = alpha p + (1 - alpha) q: sum p log(p/m), G = -(1 - alpha) p q / m. DistiLLM (Ko et al., ICML 2024).
-// alpha = 0 is KL(p || q); there the logarithm comes from the logits, since q may have underflowed.
+// For alpha > 0; at 0 it is ForwardKl, which takes the logarithm from the logits, since q may have underflowed.
 template <class Real>
 struct SkewKl {
+  static constexpr bool kNeedsLogs = false;
   Real alpha;
   SkewRatio<Real> ratio;
 
   DISTILLM_HD explicit SkewKl(RowParameters<Real> row) : alpha(row.alpha), ratio(row.alpha) {}
-  DISTILLM_HD static bool legal(RowParameters<Real> row) { return row.alpha >= Real(0) && row.alpha <= Real(1); }
+  DISTILLM_HD static bool legal(RowParameters<Real> row) { return in_unit_interval(row.alpha); }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
     const Real p_over_m = ratio(e.p, e.q);
-    const Real mixed = e.p * log2_fast(p_over_m) * Real(kLn2);
-    const Real limit = a_log_a_over_b(e.p, e.log2_p, e.log2_q);
-    const Real mixed_g = (alpha - Real(1)) * (e.q * p_over_m);
-    return {alpha == Real(0) ? limit : mixed, alpha == Real(0) ? -e.p : mixed_g};
+    return {e.p * (log2_fast(p_over_m) * Real(kLn2)), (alpha - Real(1)) * (e.q * p_over_m)};
   }
 };
 
 // KL(q || m), m = (1 - alpha) p + alpha q: sum q log(q/m), G = q (log(q/m) + 1 - alpha q/m), without the last summand
 // when the mixture is held constant (detach_mixture, as in DistiLLM-2's code). DistiLLM (Ko et al., ICML 2024).
-// alpha = 0 is KL(q || p), from the logits as above.
+// For alpha > 0; at 0 it is ReverseKl.
 template <class Real>
 struct SkewReverseKl {
-  Real alpha, alpha_attached;
+  static constexpr bool kNeedsLogs = false;
+  Real alpha_attached;
   SkewRatio<Real> ratio;
 
   DISTILLM_HD explicit SkewReverseKl(RowParameters<Real> row)
-      : alpha(row.alpha), alpha_attached(row.detach_mixture ? Real(0) : row.alpha), ratio(row.alpha) {}
-  DISTILLM_HD static bool legal(RowParameters<Real> row) { return row.alpha >= Real(0) && row.alpha <= Real(1); }
+      : alpha_attached(row.detach_mixture ? Real(0) : row.alpha), ratio(row.alpha) {}
+  DISTILLM_HD static bool legal(RowParameters<Real> row) { return in_unit_interval(row.alpha); }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
     const Real q_over_m = ratio(e.q, e.p);
-    const Real mixed = e.q * log2_fast(q_over_m) * Real(kLn2);
-    const Real limit = a_log_a_over_b(e.q, e.log2_q, e.log2_p);
-    const Real value = alpha == Real(0) ? limit : mixed;
+    const Real value = e.q * (log2_fast(q_over_m) * Real(kLn2));
     return {value, value + e.q * (Real(1) - alpha_attached * q_over_m)};
   }
 };
 
-// The one list that dispatch on both backends is made from: X(name of the public API, functor).
-#define DISTILLM_FOR_EACH_DIVERGENCE(X) \
-  X("forward_kl", ForwardKl)            \
-  X("reverse_kl", ReverseKl)            \
-  X("skew_kl", SkewKl)                  \
-  X("skew_reverse_kl", SkewReverseKl)
+// (1 - beta) KL(p || q) + beta KL(q || p), 0 < beta < 1.
+template <class Real>
+struct SymmetricKl {
+  static constexpr bool kNeedsLogs = true;
+  Real beta;
+  ForwardKl<Real> forward;
+  ReverseKl<Real> reverse;
+
+  DISTILLM_HD explicit SymmetricKl(RowParameters<Real> row) : beta(row.beta), forward(row), reverse(row) {}
+  DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
+    const Term<Real> f = forward(e), r = reverse(e);
+    return {(Real(1) - beta) * f.value + beta * r.value, (Real(1) - beta) * f.g + beta * r.g};
+  }
+};
+
+// beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, 0 < beta < 1: G = (1 - beta) q log(q/m).
+// GKD (Agarwal et al., ICLR 2024).
+template <class Real>
+struct GeneralizedJs {
+  static constexpr bool kNeedsLogs = false;
+  Real beta;
+  SkewRatio<Real> of_p, of_q;
+
+  DISTILLM_HD explicit GeneralizedJs(RowParameters<Real> row)
+      : beta(row.beta), of_p(row.beta), of_q(Real(1) - row.beta) {}
+  DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
+    const Real p_term = e.p * (log2_fast(of_p(e.p, e.q)) * Real(kLn2));
+    const Real q_term = (Real(1) - beta) * (e.q * (log2_fast(of_q(e.q, e.p)) * Real(kLn2)));
+    return {beta * p_term + q_term, q_term};
+  }
+};
+
+// 1/2 sum |p - q|: G = q sign(q - p) / 2 with sign(0) = 0. f-DISTILL (Wen et al., ACL 2023).
+template <class Real>
+struct TotalVariation {
+  static constexpr bool kNeedsLogs = false;
+  DISTILLM_HD explicit TotalVariation(RowParameters<Real>) {}
+  DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
+    // The sign comes from a comparison of p and q themselves: their difference may be contracted with the products that
+    // they are, and is then not 0 at a tie.
+    const Real half_q = Real(0.5) * e.q;
+    const Real g = e.q > e.p ? half_q : e.q < e.p ? -half_q : Real(0);
+    const Real difference = e.q - e.p;
+    return {Real(0.5) * (difference > Real(0) ? difference : -difference), g};
+  }
+};
+
+// -1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], a = alpha > 0, b = beta > 0: G = q^b (q^a - p^a) / a.
+// ABKD (Wang et al., ICML 2025).
+template <class Real>
+struct AlphaBeta {
+  static constexpr bool kNeedsLogs = true;
+  Real a, b;
+
+  DISTILLM_HD explicit AlphaBeta(RowParameters<Real> row) : a(row.alpha), b(row.beta) {}
+  DISTILLM_HD static bool legal(RowParameters<Real> row) { return row.alpha > Real(0); }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
+    const Real p_a = exp2_fast(a * e.log2_p), q_a = exp2_fast(a * e.log2_q);
+    const Real p_b = exp2_fast(b * e.log2_p), q_b = exp2_fast(b * e.log2_q);
+    // The bracket as differences, so that it is exactly 0 where p == q: q^b (q^a - p^a) / a - p^a (p^b - q^b) / ...
+    const Real scale = Real(1) / (a + b);
+    const Real value = scale * (q_b * (q_a - p_a) / a + p_a * (p_b - q_b) / b);
+    return {value, q_b * (q_a - p_a) / a};
+  }
+};
+
+// sum w p log(p/q) + (1 - w) q log(q/p), w = sigmoid(log p - log q) = p / (p + q) held constant:
+// G = -w p + (1 - w) q (log(q/p) + 1). ToDi (Jung et al., EMNLP 2025).
+template <class Real>
+struct TokenAdaptive {
+  static constexpr bool kNeedsLogs = true;
+  ForwardKl<Real> forward;
+  ReverseKl<Real> reverse;
+
+  DISTILLM_HD explicit TokenAdaptive(RowParameters<Real> row) : forward(row), reverse(row) {}
+  DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
+    const Term<Real> f = forward(e), r = reverse(e);
+    const Real w = divide_fast(e.p, at_least(e.p + e.q, kSmallestNormal<Real>));
+    return {w * f.value + (Real(1) - w) * r.value, w * f.g + (Real(1) - w) * r.g};
+  }
+};
+
+// A divergence and its limit at alpha = 0, chosen entry by entry: for a backend that does not choose row by row.
+template <class Functor, class AtZero, class Real>
+struct OrAtZero {
+  static constexpr bool kNeedsLogs = Functor::kNeedsLogs || AtZero::kNeedsLogs;
+  Real alpha;
+  Functor functor;
+  AtZero at_zero;
+
+  DISTILLM_HD explicit OrAtZero(RowParameters<Real> row) : alpha(row.alpha), functor(row), at_zero(row) {}
+  DISTILLM_HD static bool legal(RowParameters<Real> row) { return Functor::legal(row); }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
+    const Term<Real> general = functor(e), limit = at_zero(e);
+    return {alpha == Real(0) ? limit.value : general.value, alpha == Real(0) ? limit.g : general.g};
+  }
+};
+
+template <class Real>
+using SkewKlFromZero = OrAtZero<SkewKl<Real>, ForwardKl<Real>, Real>;
+template <class Real>
+using SkewReverseKlFromZero = OrAtZero<SkewReverseKl<Real>, ReverseKl<Real>, Real>;
+
+// The one list that dispatch on both backends is made from:
+// X(name of the public API, functor for alpha > 0, functor at alpha = 0, functor for any alpha).
+#define DISTILLM_FOR_EACH_DIVERGENCE(X)                                 \
+  X("forward_kl", ForwardKl, ForwardKl, ForwardKl)                      \
+  X("reverse_kl", ReverseKl, ReverseKl, ReverseKl)                      \
+  X("symmetric_kl", SymmetricKl, SymmetricKl, SymmetricKl)              \
+  X("skew_kl", SkewKl, ForwardKl, SkewKlFromZero)                       \
+  X("skew_reverse_kl", SkewReverseKl, ReverseKl, SkewReverseKlFromZero) \
+  X("generalized_js", GeneralizedJs, GeneralizedJs, GeneralizedJs)      \
+  X("total_variation", TotalVariation, TotalVariation, TotalVariation)  \
+  X("alpha_beta", AlphaBeta, AlphaBeta, AlphaBeta)                      \
+  X("token_adaptive", TokenAdaptive, TokenAdaptive, TokenAdaptive)
 
 }  // namespace DISTILLM_ISA
 }  // namespace distillm

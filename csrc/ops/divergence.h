@@ -29,6 +29,7 @@ using torch::stable::Tensor;
 struct DivergenceOptions {
   std::string divergence;
   double alpha;
+  double beta;
   double temperature;
   double ce_weight;
   int64_t ignore_index;

@@ -70,26 +70,27 @@ void check_gradient(RowParameters<double> row) {
 }
 
 template <template <class> class Functor>
-void check_float_agrees(double alpha) {
+void check_float_agrees(double alpha, double beta = 0, double absolute = 1e-7) {
   const auto student = random_logits(500, 3), teacher = random_logits(500, 4);
-  const auto narrow = terms<float>(student, teacher, Functor<float>({static_cast<float>(alpha), false}));
-  const auto wide = terms<double>(student, teacher, Functor<double>({alpha, false}));
+  const auto narrow =
+      terms<float>(student, teacher, Functor<float>({static_cast<float>(alpha), static_cast<float>(beta), false}));
+  const auto wide = terms<double>(student, teacher, Functor<double>({alpha, beta, false}));
   for (size_t i = 0; i < wide.size(); ++i) {
-    CHECK_NEAR(narrow[i].value, wide[i].value, 4e-6 * std::fabs(wide[i].value) + 1e-7);
-    CHECK_NEAR(narrow[i].g, wide[i].g, 4e-6 * std::fabs(wide[i].g) + 1e-7);
+    CHECK_NEAR(narrow[i].value, wide[i].value, 4e-6 * std::fabs(wide[i].value) + absolute);
+    CHECK_NEAR(narrow[i].g, wide[i].g, 4e-6 * std::fabs(wide[i].g) + absolute);
   }
 }
 
 template <template <class> class Functor>
-void check_equal_sides_give_zero(float alpha) {
-  const Functor<float> functor({alpha, false});
+void check_equal_sides_give_zero(float alpha, float beta = 0) {
+  const Functor<float> functor({alpha, beta, false});
   for (float log2_p = -125; log2_p <= 0; log2_p += 0.37f) CHECK_EQUAL(functor(entry(log2_p, log2_p)).value, 0.0f);
 }
 
 void test_absent_entries() {
   const float none = -std::numeric_limits<float>::infinity();
-  const SkewKl<float> skew({0.1f, false});
-  const SkewReverseKl<float> reverse({0.1f, false});
+  const SkewKl<float> skew({0.1f, 0, false});
+  const SkewReverseKl<float> reverse({0.1f, 0, false});
   CHECK_EQUAL(skew(entry(none, none)).value, 0.0f);
   CHECK_EQUAL(skew(entry(none, -1.0f)).g, 0.0f);
   CHECK_NEAR(skew(entry(-1.0f, none)).value, 0.5 * std::log(10.0), 1e-6);
@@ -101,11 +102,24 @@ void test_absent_entries() {
   CHECK(std::isinf(ReverseKl<float>({})(entry(none, -1.0f)).value));
 }
 
+// Its weight is held constant, so that finite differences do not apply: value forward + reverse KL, G by definition.
+void test_token_adaptive() {
+  for (double log2_p : {-3.0, -0.5}) {
+    for (double log2_q : {-4.0, -0.25}) {
+      const Entry<double> e = entry(log2_p, log2_q);
+      const Term<double> t = TokenAdaptive<double>({})(e);
+      const double w = e.p / (e.p + e.q), log_ratio = std::log(e.q / e.p);
+      CHECK_NEAR(t.value, ForwardKl<double>({})(e).value + ReverseKl<double>({})(e).value, 1e-12);
+      CHECK_NEAR(t.g, -w * e.p + (1 - w) * e.q * (log_ratio + 1), 1e-12);
+    }
+  }
+}
+
 // Where both probabilities underflow their ratio is undefined, their contribution is not.
 void test_underflow() {
   for (float alpha : {0.0f, 0.1f, 0.9f, 1.0f}) {
-    const Term<float> a = SkewKl<float>({alpha, false})(entry(-300.0f, -170.0f));
-    const Term<float> b = SkewReverseKl<float>({alpha, false})(entry(-300.0f, -170.0f));
+    const Term<float> a = SkewKlFromZero<float>({alpha, 0, false})(entry(-300.0f, -170.0f));
+    const Term<float> b = SkewReverseKlFromZero<float>({alpha, 0, false})(entry(-300.0f, -170.0f));
     CHECK_EQUAL(a.value, 0.0f);
     CHECK_EQUAL(a.g, 0.0f);
     CHECK_EQUAL(b.value, 0.0f);
@@ -114,9 +128,9 @@ void test_underflow() {
 }
 
 void test_legal() {
-  CHECK(SkewKl<float>::legal({0.0f, false}) && SkewKl<float>::legal({1.0f, false}));
-  CHECK(!SkewKl<float>::legal({-0.1f, false}) && !SkewReverseKl<float>::legal({1.1f, false}));
-  CHECK(!SkewKl<float>::legal({std::nanf(""), false}));
+  CHECK(SkewKl<float>::legal({0.0f, 0, false}) && SkewKl<float>::legal({1.0f, 0, false}));
+  CHECK(!SkewKl<float>::legal({-0.1f, 0, false}) && !SkewReverseKl<float>::legal({1.1f, 0, false}));
+  CHECK(!SkewKl<float>::legal({std::nanf(""), 0, false}));
 }
 
 }  // namespace
@@ -124,14 +138,32 @@ void test_legal() {
 int main() {
   check_gradient<ForwardKl>({});
   check_gradient<ReverseKl>({});
+  check_gradient<TotalVariation>({});
   for (double alpha : {0.0, 0.1, 0.5, 0.8, 1.0}) {
-    check_gradient<SkewKl>({alpha, false});
-    check_gradient<SkewReverseKl>({alpha, false});
-    check_float_agrees<SkewKl>(alpha);
-    check_float_agrees<SkewReverseKl>(alpha);
-    check_equal_sides_give_zero<SkewKl>(static_cast<float>(alpha));
-    check_equal_sides_give_zero<SkewReverseKl>(static_cast<float>(alpha));
+    check_gradient<SkewKlFromZero>({alpha, 0, false});
+    check_gradient<SkewReverseKlFromZero>({alpha, 0, false});
+    check_float_agrees<SkewKlFromZero>(alpha);
+    check_float_agrees<SkewReverseKlFromZero>(alpha);
+    check_equal_sides_give_zero<SkewKlFromZero>(static_cast<float>(alpha));
+    check_equal_sides_give_zero<SkewReverseKlFromZero>(static_cast<float>(alpha));
   }
+  for (double beta : {0.1, 0.5, 0.9}) {
+    check_gradient<GeneralizedJs>({0, beta, false});
+    check_gradient<SymmetricKl>({0, beta, false});
+    check_float_agrees<GeneralizedJs>(0, beta);
+    check_float_agrees<SymmetricKl>(0, beta);
+    check_equal_sides_give_zero<GeneralizedJs>(0, static_cast<float>(beta));
+    check_equal_sides_give_zero<SymmetricKl>(0, static_cast<float>(beta));
+    for (double alpha : {0.2, 1.0}) {
+      check_gradient<AlphaBeta>({alpha, beta, false});
+      check_float_agrees<AlphaBeta>(alpha, beta, 1.5e-6);  // differences of powers up to 1
+      check_equal_sides_give_zero<AlphaBeta>(static_cast<float>(alpha), static_cast<float>(beta));
+    }
+  }
+  check_float_agrees<TotalVariation>(0);
+  check_float_agrees<TokenAdaptive>(0);
+  check_equal_sides_give_zero<TokenAdaptive>(0);
+  test_token_adaptive();
   test_absent_entries();
   test_underflow();
   test_legal();

@@ -17,6 +17,7 @@ class DivergenceOptions:
 
     divergence: str
     alpha: float
+    beta: float
     temperature: float
     ce_weight: float
     ignore_index: int
@@ -52,6 +53,7 @@ def divergence(
         cap,
         options.divergence,
         options.alpha,
+        options.beta,
         options.temperature,
         options.ce_weight,
         options.ignore_index,
@@ -71,6 +73,7 @@ def _divergence_fake(
     cap: Tensor | None,
     divergence: str,
     alpha: float,
+    beta: float,
     temperature: float,
     ce_weight: float,
     ignore_index: int,
@@ -112,7 +115,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 12
+    nothing: tuple[None, ...] = (None,) * 13
     if grad_loss is None:
         return (None, *nothing)
     if not ctx.need_gradient:

@@ -6,7 +6,7 @@ using namespace distillm;
 
 #define KERNEL(Functor, Student, Teacher) \
   template __global__ void distillm::divergence_kernel<Functor<float>, Student, Teacher>(const DivergenceArguments);
-#define KERNELS(public_name, Functor)   \
+#define KERNELS(public_name, Positive, AtZero, Functor)   \
   KERNEL(Functor, float, float)         \
   KERNEL(Functor, BFloat16, BFloat16)   \
   KERNEL(Functor, Half, Half)           \
