@@ -183,17 +183,21 @@ struct TotalVariation {
 template <class Real>
 struct AlphaBeta {
   static constexpr bool kNeedsLogs = true;
-  Real a, b;
+  Real a, b, inverse_a, inverse_b, inverse_sum;
 
-  DISTILLM_HD explicit AlphaBeta(RowParameters<Real> row) : a(row.alpha), b(row.beta) {}
+  DISTILLM_HD explicit AlphaBeta(RowParameters<Real> row)
+      : a(row.alpha),
+        b(row.beta),
+        inverse_a(Real(1) / row.alpha),
+        inverse_b(Real(1) / row.beta),
+        inverse_sum(Real(1) / (row.alpha + row.beta)) {}
   DISTILLM_HD static bool legal(RowParameters<Real> row) { return row.alpha > Real(0); }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
     const Real p_a = exp2_fast(a * e.log2_p), q_a = exp2_fast(a * e.log2_q);
     const Real p_b = exp2_fast(b * e.log2_p), q_b = exp2_fast(b * e.log2_q);
-    // The bracket as differences, so that it is exactly 0 where p == q: q^b (q^a - p^a) / a - p^a (p^b - q^b) / ...
-    const Real scale = Real(1) / (a + b);
-    const Real value = scale * (q_b * (q_a - p_a) / a + p_a * (p_b - q_b) / b);
-    return {value, q_b * (q_a - p_a) / a};
+    // The bracket as a sum of differences, each exactly 0 where p == q.
+    const Real g = q_b * (q_a - p_a) * inverse_a;
+    return {inverse_sum * (g + p_a * (p_b - q_b) * inverse_b), g};
   }
 };
 
