@@ -1,8 +1,8 @@
 """The losses of DistiLLM's published code over our kernels.
 
-Every function takes (logits, teacher_logits, no_model_batch) with `no_model_batch["label"]`, -100 at positions to leave
-out, and returns the mean over the others. Gradients are those of that code. Values are true divergences: its `forward_kl`
-and `skewed_forward_kl` leave out the teacher's entropy, which is constant, and so are larger by it.
+Every function takes (logits, teacher_logits, no_model_batch) with `no_model_batch["label"]`, -100 at positions to
+leave out, and returns the mean over the others. Gradients are those of that code. Values are true divergences: its
+`forward_kl` and `skewed_forward_kl` leave out the teacher's entropy, which is constant, and so are larger by it.
 """
 
 from __future__ import annotations

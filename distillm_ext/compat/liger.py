@@ -1,9 +1,9 @@
 """Liger-Kernel's divergence losses over our kernels.
 
 They take log-probabilities, of the student first. A log-softmax is its own logits, so values are the same; the gradient
-with respect to the log-probabilities differs by a multiple of the student's probabilities, which the backward pass of the
-log-softmax that made them removes: the gradient with respect to the logits is the same. (Giving logits directly saves that
-log-softmax: use `distillation_loss`.)
+with respect to the log-probabilities differs by a multiple of the student's probabilities, which the backward pass of
+the log-softmax that made them removes: the gradient with respect to the logits is the same. (Giving logits directly
+saves that log-softmax: use `distillation_loss`.)
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def liger_kl_div(
     log_target: bool = False,
     eps: float = 1e-10,
 ) -> Tensor:
-    """KL(target || input): `input` log-probabilities [BT, V] of the student, `target` probabilities of the teacher, or its
-    log-probabilities with `log_target`.
+    """KL(target || input): `input` log-probabilities [BT, V] of the student, `target` probabilities of the teacher, or
+    its log-probabilities with `log_target`.
 
     Args:
         size_average, reduce: unused, as there.
-        reduction: "batchmean" (over BT), "sum", or "mean" (over BT V). "none", which is per entry there, is not offered.
+        reduction: "batchmean" (over BT), "sum", or "mean" (over BT V); "none", per entry there, is not offered.
         eps: unused; zeros need no offset here.
     """
     if reduction not in ("batchmean", "sum", "mean"):

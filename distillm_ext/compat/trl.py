@@ -17,16 +17,17 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """Generalized Jensen-Shannon divergence with TRL's arguments; `beta` weights the teacher, 0 is KL(teacher || student),
-    1 KL(student || teacher).
+    """Generalized Jensen-Shannon divergence with TRL's arguments.
+
+    `beta` weights the teacher; 0 is KL(teacher || student), 1 is KL(student || teacher).
 
     Args:
         student_logits, teacher_logits: [B, S, V], positions aligned.
         labels: [B, S]; -100 marks positions to leave out.
         beta: in [0, 1].
         temperature: divides both logits; no T^2 factor.
-        reduction: "batchmean" (over the labelled positions, or over B without labels), "sum", or "mean" (over the labelled
-            positions times V, or over all entries). TRL's "none", which is per entry, is not offered.
+        reduction: "batchmean" (over the labelled positions, or over B without labels), "sum", or "mean" (over the
+            labelled positions times V, or over all entries). TRL's "none", which is per entry, is not offered.
         num_items_in_batch: divides the sum, whatever the reduction.
 
     Example:
