@@ -13,10 +13,11 @@ import argparse
 import sys
 from collections.abc import Callable
 
+import baselines
 import harness
 import torch
 
-from distillm_ext import DIVERGENCES, distillation_loss, reference
+from distillm_ext import DIVERGENCES, distillation_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,7 +32,7 @@ def with_gradient(student: torch.Tensor, loss: Callable[[torch.Tensor], torch.Te
 
 def candidates(divergence: str, student: torch.Tensor, teacher: torch.Tensor) -> dict[str, Callable[[], object]]:
     def formula(logits: torch.Tensor) -> torch.Tensor:
-        return reference.per_token_divergence(logits.float(), teacher.float(), divergence=divergence).mean()
+        return baselines.loss(divergence, logits, teacher)
 
     compiled = torch.compile(formula)
     return {
