@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from distillm_ext.functional import DIVERGENCES
+from distillm_ext.functional import DEFAULT_ALPHA, DEFAULT_BETA, DIVERGENCES
 from distillm_ext.generation.sampling import SamplingParams
 from distillm_ext.training.policies import POLICIES
 from distillm_ext.training.schedule import REPLAY_RATIOS, SCHEDULES
@@ -17,10 +17,7 @@ from distillm_ext.training.teacher import TEACHER_DTYPES
 
 WARMUP_OBJECTIVES = ("sft", "forward_kl")
 # Which divergences have which parameter.
-_PARAMETERS = {
-    "alpha": ("skew_kl", "skew_reverse_kl", "alpha_beta", "adaptive_kl", "interpolated"),
-    "beta": ("generalized_js", "symmetric_kl", "alpha_beta"),
-}
+_PARAMETERS = {"alpha": tuple(DEFAULT_ALPHA), "beta": tuple(DEFAULT_BETA)}
 
 
 def _option(default: Any, text: str) -> Any:
