@@ -9,7 +9,7 @@ GPU_ARCHITECTURE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,nohe
 export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURE),9.0)
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo demo-tiny test lint types native pytest benchmark clean
+.PHONY: demo demo-tiny test lint types native pytest benchmark gpu-check clean
 
 demo: $(VENV)/.built
 	$(BIN)/distillm demo
@@ -37,10 +37,13 @@ native: $(VENV)/.built
 	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
 
 pytest: $(VENV)/.built
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 benchmark: $(VENV)/.built
 	$(BIN)/python benchmarks/bench_divergence.py
+
+gpu-check: $(VENV)/.built
+	$(BIN)/python benchmarks/gpu_check.py
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
