@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .containers import TeacherHead
     from .functional import (
         DIVERGENCES,
         alpha_beta_loss,
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
         total_variation_loss,
     )
     from .information import build_info
+    from .linear import linear_distillation_loss
     from .losses import (
         AlphaBetaLoss,
         DistillationLoss,
         ForwardKLLoss,
         GeneralizedJSLoss,
+        LinearDistillationLoss,
         ReverseKLLoss,
         SkewKLLoss,
         SkewReverseKLLoss,
@@ -39,6 +42,8 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _HOME = {
+    "containers": ("TeacherHead",),
+    "linear": ("linear_distillation_loss",),
     "functional": (
         "DIVERGENCES",
         "distillation_loss",
@@ -55,6 +60,7 @@ _HOME = {
         "DistillationLoss",
         "ForwardKLLoss",
         "GeneralizedJSLoss",
+        "LinearDistillationLoss",
         "ReverseKLLoss",
         "SkewKLLoss",
         "SkewReverseKLLoss",
@@ -70,9 +76,11 @@ __all__ = [
     "DistillationLoss",
     "ForwardKLLoss",
     "GeneralizedJSLoss",
+    "LinearDistillationLoss",
     "ReverseKLLoss",
     "SkewKLLoss",
     "SkewReverseKLLoss",
+    "TeacherHead",
     "TotalVariationLoss",
     "__version__",
     "alpha_beta_loss",
@@ -80,6 +88,7 @@ __all__ = [
     "distillation_loss",
     "forward_kl_loss",
     "generalized_js_loss",
+    "linear_distillation_loss",
     "reverse_kl_loss",
     "skew_kl_loss",
     "skew_reverse_kl_loss",

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .containers import TeacherHead
 from .functional import distillation_loss
+from .linear import linear_distillation_loss
 
 
 class DistillationLoss(nn.Module):
@@ -68,6 +70,55 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyper_parameters().items())
+
+
+class LinearDistillationLoss(DistillationLoss):
+    """Callable `linear_distillation_loss` with fixed hyper-parameters.
+
+    Args:
+        divergence, alpha, ...: as in `DistillationLoss`.
+        logit_softcap, logit_scale, chunk_rows: as in `distillm_ext.linear_distillation_loss`.
+
+    Shape:
+        student_hidden [..., H], student_weight [V, H], student_bias [V]; teacher a `TeacherHead` or logits [..., Vt];
+        labels and weight [...]; rows [n] -> scalar, or [...] for "none".
+
+    Example:
+        >>> criterion = LinearDistillationLoss(divergence="skew_kl", alpha=0.1)
+        >>> head = torch.nn.Linear(16, 100, bias=False)
+        >>> criterion(torch.randn(4, 16), head.weight, TeacherHead(torch.randn(4, 32), torch.randn(100, 32))).backward()
+    """
+
+    def __init__(
+        self,
+        divergence: str = "skew_kl",
+        *,
+        logit_softcap: float | None = None,
+        logit_scale: float = 1.0,
+        chunk_rows: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(divergence, **options)
+        self.logit_softcap = logit_softcap
+        self.logit_scale = logit_scale
+        self.chunk_rows = chunk_rows
+
+    def forward(  # type: ignore[override]
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher: TeacherHead | Tensor,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        rows: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        return linear_distillation_loss(
+            student_hidden, student_weight, teacher, labels, student_bias=student_bias, weight=weight, rows=rows,
+            num_items=num_items, **self.hyper_parameters(),
+        )  # fmt: skip
 
 
 class ForwardKLLoss(DistillationLoss):

@@ -4,10 +4,12 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 from trainer_world import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distillm_ext.training.heads import HeadTransform, LogitReader, TokenBatch
+from distillm_ext.containers import TeacherHead
+from distillm_ext.training.heads import HeadTransform, LogitReader, TokenBatch, head_logits
 from distillm_ext.training.student import StudentForward, replaced_forward
 from distillm_ext.training.teacher import ModelTeacher
 
@@ -93,6 +95,76 @@ def test_several_batches_share_one_call(splits):
     student(model, [first, second], lambda logits: found.extend(logits) or logits[0].sum())
     torch.testing.assert_close(found[0], full_logits(model, first))
     torch.testing.assert_close(found[1], full_logits(model, second))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fused_rows_are_the_heads_own(name):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **ARCHITECTURES[name])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    batches, seen = [make_batch(), make_batch(1)], []
+    student, teacher = StudentForward(model, torch.enable_grad), ModelTeacher(model, device=torch.device("cpu"))
+    student(model, batches, lambda rows: seen.extend(rows) or rows[0].hidden.sum(), fused=True)
+    for rows, batch in zip([*seen, teacher.rows(batches[0])], [*batches, batches[0]], strict=True):
+        assert rows.hidden.dim() == 2 and rows.weight is model.get_output_embeddings().weight
+        torch.testing.assert_close(head_logits(rows), full_logits(model, batch))
+
+
+class OtherLinear(nn.Linear):
+    """A head whose product is its own, as a quantised or low-rank one's."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) + 1.0
+
+
+def hooked(head):
+    head.forward = head.forward
+
+
+def converted(head):
+    head.weight = nn.Parameter(head.weight.to(torch.float8_e4m3fn), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda head: setattr(head, "__class__", OtherLinear), "a OtherLinear, not a plain torch.nn.Linear"),
+        (hooked, "forward of its head is replaced"),
+        (converted, "float8_e4m3fn weights"),
+    ],
+)
+def test_heads_that_do_not_fuse_say_why_once(change, reason, caplog):
+    model = tiny_model(0)
+    change(model.lm_head)
+    reader = LogitReader(model)
+    with caplog.at_level(logging.WARNING):
+        assert not reader.fuses() and not reader.fuses()
+    assert len(caplog.records) == 1 and reason in caplog.text
+
+
+def test_a_head_that_does_not_fuse_gives_logits():
+    model, batch, seen = tiny_model(0), make_batch(), []
+    model.lm_head.__class__ = OtherLinear
+    student, teacher = StudentForward(model, torch.enable_grad), ModelTeacher(model, device=torch.device("cpu"))
+    student(model, [batch], lambda rows: seen.extend(rows) or rows[0].sum(), fused=True)
+    for rows in (*seen, teacher.rows(batch)):
+        torch.testing.assert_close(rows, full_logits(model, batch))
+
+
+def test_a_teacher_elsewhere_gives_logits():
+    teacher = ModelTeacher(tiny_model(0), device=torch.device("cpu"))
+    assert isinstance(teacher.rows(make_batch()), TeacherHead)
+    teacher.device = torch.device("meta")
+    assert isinstance(teacher.rows(make_batch()), torch.Tensor)
+
+
+def test_unverified_splits_do_not_fuse():
+    reader = LogitReader(tiny_model(0))
+    assert reader.fuses()
+    reader.splits = False
+    assert not reader.fuses()
 
 
 def test_a_wrong_transform_falls_back_with_a_warning(caplog):

@@ -21,6 +21,8 @@ from trainer_world import (
 )
 
 from distillm_ext import reference
+from distillm_ext.ops import linear_chunks
+from distillm_ext.training.heads import LogitReader
 from distillm_ext.training.policies import Source
 
 
@@ -117,6 +119,81 @@ def test_full_logit_fallback_trains_alike(tmp_path, caplog):
         fallback, _ = first_step(tmp_path, per_device_train_batch_size=8, model=model)
     assert "computing full logits" in caplog.text
     assert_gradients_equal(fallback, plain)
+
+
+FUSED_JOBS = {
+    "plain": {},
+    "ce": dict(ce_weight=0.5, temperature=2.0),
+    "text": dict(ce_weight=0.3, lm_weight=0.7, max_length=24, gradient_accumulation_steps=2),
+    "sft": dict(warmup_objective="sft", warmup_objective_steps=1),
+    "bf16": dict(bf16=True),
+    "cut": dict(divergence="forward_kl", ce_weight=0.5),
+}
+
+
+@pytest.mark.parametrize("job", FUSED_JOBS)
+def test_fused_heads_train_like_materialised_logits(tmp_path, monkeypatch, job):
+    """Student and teacher fused, neither, or one of both: same gradients, log and validation."""
+
+    def run(fused_student, fused_teacher):
+        def fuses(reader):
+            return fused_teacher if reader.model.config.num_hidden_layers == 2 else fused_student
+
+        monkeypatch.setattr(LogitReader, "fuses", fuses)
+        recorder, settings = GradientRecorder(), {"max_steps": 1, "max_grad_norm": 0.0, **FUSED_JOBS[job]}
+        text = Dataset.from_dict({"input_ids": [list(range(4, 60))] * 9}) if job == "text" else None
+        trainer = tiny_trainer(
+            tiny_config(tmp_path, eval_strategy="steps", eval_steps=1, **settings), rows=8, callbacks=[recorder],
+            model=tiny_model(1, vocab=72 if job == "cut" else VOCAB, tied=job == "sft"), lm_dataset=text,
+        )  # fmt: skip
+        trainer.train()
+        numbers = {**trainer.state.log_history[0], **trainer.state.log_history[1]}
+        names = [name for name in numbers if "loss" in name and "time" not in name] + ["eval_divergence"]
+        return recorder.gradients, {name: numbers[name] for name in names}
+
+    expected, log = run(False, False)
+    for student, teacher in ((True, True), (True, False), (False, True)):
+        found, found_log = run(student, teacher)
+        # A bfloat16 weight gradient is rounded when it is materialised, and not when it is fused.
+        assert_gradients_equal(found, expected, tolerance=1e-2 if job == "bf16" else 1e-5)
+        assert found_log == pytest.approx(log, rel=1e-3 if job == "bf16" else 1e-5)
+        assert {"loss", "eval_loss", "loss_ce" if job in ("ce", "text", "sft", "cut") else "loss"} <= found_log.keys()
+
+
+def test_training_keeps_no_logits(tmp_path, monkeypatch):
+    """Neither side's head runs its own product, and no more than a chunk's logits exist."""
+    shapes, project = set(), linear_chunks.project
+
+    def spy(*arguments):
+        shapes.add(tuple(arguments[-1].shape))
+        return project(*arguments)
+
+    monkeypatch.setattr(linear_chunks, "project", spy)
+    monkeypatch.setattr(linear_chunks, "MEMORY_BUDGET", 1)
+    monkeypatch.setattr(linear_chunks, "MIN_CHUNK_ROWS", 3)
+    student, teacher = tiny_model(1), tiny_model(2, layers=2)
+    ran = []
+    for model in (student, teacher):
+        model.lm_head.register_forward_hook(lambda module, args, output: ran.append(output.dim()))
+    trainer = tiny_trainer(tiny_config(tmp_path, max_steps=2), model=student, teacher=teacher)
+    ran.clear()  # the check of the split at start
+    trainer.train()
+    # The student's head returns the loss; the teacher's own forward is not called.
+    assert ran == [0, 0] and {rows <= 3 for rows, _ in shapes} == {True}
+
+
+def test_a_head_that_does_not_fuse_trains_alike(tmp_path, caplog):
+    class Wrapped(torch.nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden)
+
+    expected, _ = first_step(tmp_path, per_device_train_batch_size=8)
+    model = tiny_model(1)
+    model.lm_head.__class__ = Wrapped
+    with caplog.at_level(logging.WARNING):
+        found, _ = first_step(tmp_path, per_device_train_batch_size=8, model=model)
+    assert caplog.text.count("not fused with the head") == 1 and "Wrapped" in caplog.text
+    assert_gradients_equal(found, expected)
 
 
 def test_tied_and_bf16_students_train(tmp_path):

@@ -28,7 +28,7 @@ def out(tmp_path_factory):
         [*launcher, str(WORKER), "ranks", str(folder)], env=environment, capture_output=True, text=True, timeout=400
     )
     # Judged by the last file, not by the exit status: gloo may abort after all work is done.
-    assert (folder / "sharded" / "own_unit.safetensors").is_file(), done.stderr[-4000:]
+    assert (folder / "sharded" / "own_unit_fused.safetensors").is_file(), done.stderr[-4000:]
     return folder
 
 
@@ -91,15 +91,15 @@ def test_resume_over_ranks_gives_the_same_weights(out):
     assert {"fresh", "replay"} <= set(column(log, "batch_source"))
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("name", "tied"), [("untied", False), ("tied", True), ("own_unit", False)])
-def test_fsdp2_gradients_are_exact(out, name, tied):
+def test_fsdp2_gradients_are_exact(out, name, tied, fused):
     model = tiny_model(1, layers=2, tied=tied)
     batch = TokenBatch(torch.arange(4, 34).view(2, 15), torch.ones(2, 15, dtype=torch.long), torch.tensor([3, 7, 20]))
     logits = batch.select(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits)
-    logits.log_softmax(-1)[:, 5].sum().backward()
-    assert_close(
-        load_file(out / "sharded" / f"{name}.safetensors"), {key: p.grad for key, p in model.named_parameters()}
-    )
+    (-logits.log_softmax(-1)[:, 5].sum()).backward()
+    found = load_file(out / "sharded" / f"{name}{'_fused' if fused else ''}.safetensors")
+    assert_close(found, {key: p.grad for key, p in model.named_parameters()})
 
 
 def test_every_job_ran_on_both_ranks(out):

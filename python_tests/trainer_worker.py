@@ -29,6 +29,8 @@ from trainer_world import (
 )
 from transformers import TrainerCallback
 
+from distillm_ext.containers import LinearHead
+from distillm_ext.linear import linear_cross_entropy_loss
 from distillm_ext.training import resumable
 from distillm_ext.training.heads import TokenBatch
 from distillm_ext.training.student import StudentForward
@@ -40,7 +42,8 @@ def job_settings(**overrides):
     """Fresh, replayed and data batches, dropout, accumulation, plain text, a rising φ, frequent checkpoints."""
     settings = adaptive(
         max_steps=12, gradient_accumulation_steps=2, per_device_train_batch_size=2, save_strategy="steps", save_steps=2,
-        save_total_limit=2, eval_steps=3, sgo_threshold=0.0, ce_weight=0.2, replay_capacity=8, lr_scheduler_type="cosine",
+        save_total_limit=2, eval_steps=3, sgo_threshold=0.0, ce_weight=0.2, replay_capacity=8,
+        lr_scheduler_type="cosine",
     )  # fmt: skip
     return settings | overrides
 
@@ -165,6 +168,12 @@ def resume_over_ranks(out):
 
 def sharded_gradients(out):
     """FSDP2 around the student: the gradient of a loss computed in the head, whichever unit holds the head."""
+
+    def consume(rows):
+        if isinstance(rows[0], LinearHead):
+            return linear_cross_entropy_loss(rows[0], torch.tensor([5, 5, 5]), reduction="sum")
+        return -rows[0].log_softmax(-1)[:, 5].sum()
+
     from torch.distributed.fsdp import fully_shard
 
     batch = TokenBatch(torch.arange(4, 34).view(2, 15), torch.ones(2, 15, dtype=torch.long), torch.tensor([3, 7, 20]))
@@ -175,10 +184,12 @@ def sharded_gradients(out):
             fully_shard(module)
         fully_shard(model)
         student = StudentForward(model, contextlib.nullcontext)
-        student(model, [batch], lambda logits: logits[0].log_softmax(-1)[:, 5].sum()).backward()
-        gradients = {key: parameter.grad.full_tensor() for key, parameter in model.named_parameters()}
-        if torch.distributed.get_rank() == 0:
-            save_file(gradients, out / f"{name}.safetensors")
+        for suffix, fused in (("", False), ("_fused", True)):
+            student(model, [batch], consume, fused=fused).backward()
+            gradients = {key: parameter.grad.full_tensor() for key, parameter in model.named_parameters()}
+            model.zero_grad()
+            if torch.distributed.get_rank() == 0:
+                save_file(gradients, out / f"{name}{suffix}.safetensors")
 
 
 def main():

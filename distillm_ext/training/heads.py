@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from distillm_ext.containers import LinearHead
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,28 @@ class TokenBatch:
         return values.flatten(0, 1).index_select(0, self.positions.to(values.device))
 
 
+# What a loss reads of a model at R positions: logits [R, V], or what they are made of.
+Rows = Tensor | LinearHead
+_HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fusion_obstacle(head: Any) -> str | None:
+    """Why a loss cannot take over the product of this head, or None where it can."""
+    if type(head).forward is not nn.Linear.forward:
+        return f"its head is a {type(head).__name__}, not a plain torch.nn.Linear"
+    if "forward" in head.__dict__:
+        return "the forward of its head is replaced (hooks that move weights do that)"
+    if head.weight.dtype not in _HEAD_DTYPES:
+        return f"its head holds {head.weight.dtype} weights"
+    return None
+
+
+def head_logits(head: LinearHead) -> Tensor:
+    """[R, V] logits in the head's own dtype, whatever the autocast context."""
+    with torch.autocast(head.hidden.device.type, enabled=False):
+        return HeadTransform(head.scale, head.softcap)(nn.functional.linear(head.hidden, head.weight, head.bias))
+
+
 class LogitReader:
     """Logits of a causal LM at chosen positions.
 
@@ -97,6 +121,18 @@ class LogitReader:
         self.backbone: Any = getattr(causal, "base_model", None)
         self.transform = head_transform(causal.config)
         self.splits = self.head is not None and self.backbone is not None and self.backbone is not causal
+        self._reported = False
+
+    def fuses(self) -> bool:
+        """Whether a loss may take hidden states and head instead of logits. Logs the reason once where not."""
+        obstacle = fusion_obstacle(self.head) if self.splits else "backbone and head are not used apart"
+        if obstacle is not None and not self._reported:
+            self._reported = True
+            logger.warning(
+                "%s: the loss is not fused with the head and needs the logits of all targets at once: %s",
+                type(self.model).__name__, obstacle,
+            )  # fmt: skip
+        return obstacle is None
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """[R, H] hidden states before the head."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 
+from distillm_ext.files import write_text
 from distillm_ext.training.checkpoint import list_checkpoints, newest_complete_checkpoint
 from distillm_ext.training.models import check_same_tokens, load_student, load_teacher, load_tokenizer
 from distillm_ext.training.rows import load_rows
@@ -132,7 +132,7 @@ def write_settings(settings: RunSettings) -> Path:
     """Write the settings to `output_dir`, in the form that `distillm train` reads."""
     path = Path(settings.training["output_dir"]) / SETTINGS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_text(path, yaml.safe_dump(settings.as_dict(), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(settings.as_dict(), sort_keys=False, allow_unicode=True))
     return path
 
 
@@ -162,20 +162,10 @@ def save_outputs(trainer: DistillationTrainer) -> Path:
     final = folder / MODEL_FOLDER
     trainer.save_model(str(final))
     if trainer.is_world_process_zero():
-        _write_text(folder / LOG_FILE, json.dumps(trainer.state.log_history, indent=1, ensure_ascii=False))
+        write_text(folder / LOG_FILE, json.dumps(trainer.state.log_history, indent=1, ensure_ascii=False))
     return final
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def count_parameters(model: torch.nn.Module) -> int:
+def count_parameters(model: Any) -> int:
     """Parameters, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())

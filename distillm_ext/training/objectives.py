@@ -1,4 +1,5 @@
-"""Objectives: what one optimizer step minimises, given logits. They know nothing of where the tokens came from."""
+"""Objectives: what one optimizer step minimises, given logits, or the heads that make them: then the loss is fused with
+the heads and no logits are kept. They know nothing of where the tokens came from."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distillm_ext.containers import LinearHead
+from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
 from distillm_ext.losses import DistillationLoss
+from distillm_ext.training.heads import Rows, head_logits
 
 
 @dataclass
@@ -25,14 +29,16 @@ class LossParts:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, num_items: int | Tensor) -> Tensor:
+def cross_entropy(logits: Rows, targets: Tensor, num_items: int | Tensor) -> Tensor:
     """Σ −log softmax(logits)[target] / num_items, in float32; 0 for no rows.
 
     Args:
-        logits: [R, V].
+        logits: [R, V], or the head that makes them.
         targets: [R] int64.
         num_items: normaliser, usually the targets of the whole optimizer step on all ranks.
     """
+    if isinstance(logits, LinearHead):
+        return linear_cross_entropy_loss(logits, targets.to(logits.hidden.device), num_items=num_items)
     return functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum") / num_items
 
 
@@ -43,7 +49,7 @@ class CrossEntropyObjective:
     needs_teacher = False
 
     def __call__(
-        self, student: Tensor, teacher: Tensor | None, targets: Tensor, *, num_items: int | Tensor, ground_truth: bool
+        self, student: Rows, teacher: Rows | None, targets: Tensor, *, num_items: int | Tensor, ground_truth: bool
     ) -> LossParts:
         """See `DivergenceObjective.__call__`; `teacher` and `ground_truth` are not looked at."""
         total = cross_entropy(student, targets, num_items)
@@ -75,17 +81,18 @@ class DivergenceObjective:
         options: dict[str, Any] = {name: value for name, value in parameters.items() if value is not None}
         self.ce_weight = ce_weight
         self.vocab_size = vocab_size
-        self.divergence = DistillationLoss(divergence, **options)
-        self.with_ce = DistillationLoss(divergence, ce_weight=ce_weight, **options)
+        self.options = {"divergence": divergence, **options}
+        self.divergence = DistillationLoss(**self.options)
+        self.with_ce = DistillationLoss(ce_weight=ce_weight, **self.options)
 
     def __call__(
-        self, student: Tensor, teacher: Tensor | None, targets: Tensor, *, num_items: int | Tensor, ground_truth: bool
+        self, student: Rows, teacher: Rows | None, targets: Tensor, *, num_items: int | Tensor, ground_truth: bool
     ) -> LossParts:
         """Computes the loss of one micro-batch.
 
         Args:
-            student: [R, V] logits, differentiable.
-            teacher: [R, V_teacher] logits.
+            student: [R, V] logits, differentiable, or the head that makes them.
+            teacher: [R, V_teacher] logits, or the head that makes them.
             targets: [R] int64.
             num_items: the normaliser, global over the optimizer step.
             ground_truth: whether the targets come from the data set or the teacher. A student's own samples are no
@@ -95,14 +102,30 @@ class DivergenceObjective:
             `LossParts` with "divergence", and "ce" where it has a weight.
         """
         assert teacher is not None  # needs_teacher
-        targets, teacher = targets.to(student.device), teacher.to(student.device)
-        if self.ce_weight == 0.0 or not ground_truth:
+        ce_weight = self.ce_weight if ground_truth else 0.0
+        if isinstance(student, LinearHead):
+            return self._fused(student, teacher, targets.to(student.hidden.device), num_items, ce_weight)
+        teacher = (head_logits(teacher) if isinstance(teacher, LinearHead) else teacher).to(student.device)
+        targets = targets.to(student.device)
+        if ce_weight == 0.0:
             total = self.divergence(student, teacher, targets, num_items=num_items)
             return LossParts(total, {"divergence": total.detach()})
         total = self.with_ce(student, teacher, targets, num_items=num_items)
         with torch.no_grad():
             ce = cross_entropy(student[:, : self.vocab_size], targets, num_items)
-        return LossParts(total, {"divergence": total.detach() - self.ce_weight * ce, "ce": ce})
+        return LossParts(total, {"divergence": total.detach() - ce_weight * ce, "ce": ce})
+
+    def _fused(
+        self, student: LinearHead, teacher: Rows, targets: Tensor, num_items: int | Tensor, ce_weight: float
+    ) -> LossParts:
+        if isinstance(teacher, Tensor):
+            teacher = teacher.to(student.hidden.device)
+        total, ce = linear_distillation_parts(
+            student, teacher, targets, num_items=num_items, ce_weight=ce_weight, need_ce=ce_weight != 0, **self.options
+        )
+        if ce_weight == 0.0:
+            return LossParts(total, {"divergence": total.detach()})
+        return LossParts(total, {"divergence": total.detach() - ce_weight * ce, "ce": ce})
 
 
 Objective = CrossEntropyObjective | DivergenceObjective

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import types
 from typing import Any
 
@@ -70,7 +71,7 @@ class ProgressBar(TrainerCallback):
         if self._progress is not None and "loss" in (logs or {}):
             self._progress.update(self._task, note=line)
         else:
-            self.console.print(f"step {state.global_step}/{state.max_steps}: {line}", highlight=False)
+            self.console.print(f"step {state.global_step}/{state.max_steps}: {line}", highlight=False, soft_wrap=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -101,8 +102,8 @@ class StopOnInterrupt(TrainerCallback):
         self.console.print("stopping: the step is finished and saved first (Ctrl-C again: stop at once)")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size == 1:
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._on_signal) or signal.default_int_handler
             self._installed = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -171,7 +171,7 @@ def _model(given: Given | Tree, name: str, legal: Sequence[str], source: str) ->
 
 
 def _dataset(given: Given | Tree, source: str) -> DatasetSettings:
-    tree = {"train": given} if isinstance(given, Given) else given
+    tree: Tree = {"train": given} if isinstance(given, Given) else given
     check_keys(tree, [item.name for item in dataclasses.fields(DatasetSettings)], "dataset.", source)
     if "train" not in tree:
         raise SettingsError(f"dataset.train is missing ({place_of(tree) or source}): name a file or a hub data set")

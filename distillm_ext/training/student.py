@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from distillm_ext.containers import LinearHead
 from distillm_ext.training.heads import LogitReader, TokenBatch
 
-# From the logits of each batch, [R_i, V] in the order given, to the loss (or any tensor).
-Consumer = Callable[[list[Tensor]], Tensor]
+# From what the head gives for each batch, in the order given, to the loss (or any tensor): logits [R_i, V], or in a
+# fused call hidden states [R_i, H] and the head (`heads.Rows`).
+Consumer = Callable[[list[Any]], Tensor]
 
 
 @contextlib.contextmanager
@@ -52,16 +55,22 @@ class StudentForward:
         self.reader = LogitReader(model)
         self.autocast = autocast
 
-    def __call__(self, wrapped: nn.Module, batches: Sequence[TokenBatch], consume: Consumer) -> Tensor:
-        """Returns what `consume` makes of the logits.
+    def __call__(
+        self, wrapped: nn.Module, batches: Sequence[TokenBatch], consume: Consumer, *, fused: bool = False
+    ) -> Tensor:
+        """Returns what `consume` makes of the head's output.
 
         Args:
             wrapped: the student as it is called in training (DDP, FSDP2, or the model itself).
             batches: one or more batches; all go through the head in one product.
             consume: called once, with one [R_i, V] tensor per batch.
+            fused: hand over a `LinearHead` per batch instead of logits, where the head allows (`LogitReader.fuses`):
+                `consume` runs inside the head's forward, where its weight is whole.
         """
         model = self.model
         run = self._through_head if self.reader.splits else self._through_model
+        if fused and self.reader.fuses():
+            run = self._through_loss
         with contextlib.ExitStack() as stack:
             before: list[Callable[..., Any]] = []
 
@@ -80,6 +89,21 @@ class StudentForward:
         def head_forward(hidden: Tensor) -> Tensor:
             logits = self.reader.transform(project(hidden))
             return consume(list(logits.split(sizes)))
+
+        with replaced_forward(head, head_forward) as project:
+            return head(torch.cat(rows) if len(rows) > 1 else rows[0])
+
+    def _through_loss(self, batches: Sequence[TokenBatch], consume: Consumer, forward: Callable[..., Any]) -> Tensor:
+        rows = [self.reader.hidden(batch) for batch in batches]
+        sizes = [len(row) for row in rows]
+        head, transform = self.reader.head, self.reader.transform
+
+        def head_forward(hidden: Tensor) -> Tensor:
+            if isinstance(head.weight, DTensor):
+                # Tensor parallelism: no process has the whole vocabulary, the module knows how to project.
+                return consume(list(transform(project(hidden)).split(sizes)))
+            parts = hidden.split(sizes)
+            return consume([LinearHead(h, head.weight, head.bias, transform.softcap, transform.scale) for h in parts])
 
         with replaced_forward(head, head_forward) as project:
             return head(torch.cat(rows) if len(rows) > 1 else rows[0])

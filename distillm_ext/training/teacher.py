@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distillm_ext.containers import TeacherHead
 from distillm_ext.training.heads import LogitReader, TokenBatch
 
 TEACHER_DTYPES: dict[str, torch.dtype | None] = {
@@ -44,6 +45,7 @@ class ModelTeacher:
             model.to(device=device, dtype=TEACHER_DTYPES[dtype])
         self.model = model.requires_grad_(False).eval()
         self.reader = LogitReader(model)
+        self.device = device
 
     def verify(self, token_ids: Sequence[int]) -> bool:
         """See `LogitReader.verify`."""
@@ -53,3 +55,15 @@ class ModelTeacher:
     def logits(self, batch: TokenBatch) -> Tensor:
         """[R, V_teacher] logits at the batch's positions."""
         return self.reader.logits(batch)
+
+    @torch.no_grad()
+    def rows(self, batch: TokenBatch) -> Tensor | TeacherHead:
+        """What a loss that is fused with the heads needs: hidden states and head, or logits where it must.
+
+        It must where the head is not a plain linear one, or not on the device of the run.
+        """
+        reader = self.reader
+        if not reader.fuses() or reader.head.weight.device != self.device:
+            return reader.logits(batch)
+        head, transform = reader.head, reader.transform
+        return TeacherHead(reader.hidden(batch), head.weight, head.bias, transform.softcap, transform.scale)

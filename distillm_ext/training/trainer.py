@@ -3,8 +3,10 @@
 One optimizer step:
 1. `get_batch_samples`: the policy decides where the sequences come from (the same on every rank), `Rollouts` generates
    or replays them, and the targets of the whole step are counted over all ranks.
-2. `compute_loss`, per micro-batch: the teacher's logits at the target positions, then the student's, with the loss
-   computed inside the student's head. loss = sum / count × processes, so any split of a step gives the same gradient.
+2. `compute_loss`, per micro-batch: the teacher's hidden states at the target positions, then the student's, with the
+   loss computed inside the student's head and fused with both heads, so that logits exist for a chunk of positions only
+   (where a head is not a plain linear one, all of its logits at once, and a log line says so). loss = sum / count ×
+   processes, so any split of a step gives the same gradient.
 3. At each validation the policy sees the validation loss.
 """
 
@@ -23,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from distillm_ext.training import setup
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
-from distillm_ext.training.heads import TokenBatch
+from distillm_ext.training.heads import Rows, TokenBatch
 from distillm_ext.training.meters import Meters
 from distillm_ext.training.objectives import LossParts, cross_entropy
 from distillm_ext.training.philox import Stream, uniform
@@ -55,9 +57,10 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
     Logged with every loss: `loss`, `loss_divergence`, `loss_ce`, `loss_lm` (means per optimizer step), `phi`,
     `batches_data` / `batches_fresh` / `batches_replay` (optimizer steps by source since the last log), `replay_size`
     (all processes), `tokens_per_second` (all processes), `time_generation` / `time_teacher` / `time_student` /
-    `time_loss` / `time_other` (shares of the time, evaluation and checkpoints left out). `state.log_history` also has
-    `batch_source`, the source of the last step. Evaluation reports `eval_loss` (next-token cross-entropy on the ground
-    truth, nats per token) and `eval_divergence` (KL(teacher ‖ student)), both weighted by token.
+    `time_loss` / `time_other` (shares of the time, evaluation and checkpoints left out; where the loss is fused with
+    the heads, their products count as loss). `state.log_history` also has `batch_source`, the source of the last step.
+    Evaluation reports `eval_loss` (next-token cross-entropy on the ground truth, nats per token) and `eval_divergence`
+    (KL(teacher ‖ student)), both weighted by token.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or does not fit the configuration.
@@ -227,30 +230,30 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
         objective = self.objectives.at(step)
         batch, text = TokenBatch.from_inputs(inputs), inputs.get("plain_text")
         count = num_items_in_batch if num_items_in_batch is not None else max(len(inputs["targets"]), 1)
-        teacher_logits = None
+        teacher = None
         if objective.needs_teacher:
             with clock.section("teacher"):
-                teacher_logits = self.teacher.logits(batch)
+                teacher = self.teacher.rows(batch)
         found = LossParts(torch.zeros(()))
 
-        def consume(logits: list[Tensor]) -> Tensor:
+        def consume(rows: list[Rows]) -> Tensor:
             nonlocal found
             with clock.section("loss"):
                 truth = inputs.get("ground_truth", True)
-                found = objective(logits[0], teacher_logits, inputs["targets"], num_items=count, ground_truth=truth)
+                found = objective(rows[0], teacher, inputs["targets"], num_items=count, ground_truth=truth)
                 if text is not None:
-                    found = self._with_plain_text(found, logits[1], text["targets"], inputs["plain_text_items"])
+                    found = self._with_plain_text(found, rows[1], text["targets"], inputs["plain_text_items"])
                 # DDP and FSDP average gradients over processes, and the count is over all of them.
                 return found.total * self.accelerator.num_processes
 
         batches = [batch] if text is None else [batch, TokenBatch.from_inputs(text)]
-        loss = self.student(model, batches, consume)
+        loss = self.student(model, batches, consume, fused=True)
         parts = {name: part * self.accelerator.num_processes for name, part in found.parts.items()}
         self._meters.add_losses(step, {**parts, "total": found.total.detach() * self.accelerator.num_processes})
         return (loss, parts) if return_outputs else loss
 
-    def _with_plain_text(self, loss: LossParts, logits: Tensor, targets: Tensor, count: Tensor) -> LossParts:
-        lm = cross_entropy(logits, targets, count)
+    def _with_plain_text(self, loss: LossParts, rows: Rows, targets: Tensor, count: Tensor) -> LossParts:
+        lm = cross_entropy(rows, targets, count)
         return LossParts(loss.total + self.args.lm_weight * lm, {**loss.parts, "lm": lm.detach()})
 
     # ---- validation and logs

@@ -15,20 +15,39 @@ from torch.nn import functional
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from distillm_ext.containers import LinearHead
 from distillm_ext.functional import distillation_loss
-from distillm_ext.training.heads import TokenBatch
+from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
+from distillm_ext.training.heads import Rows, TokenBatch, head_logits
 from distillm_ext.training.student import StudentForward
 from distillm_ext.training.teacher import ModelTeacher
 
 
+def token_losses(student: Rows, teacher: Rows, targets: Tensor, vocab_size: int | None) -> tuple[Tensor, Tensor]:
+    """[R] student's cross-entropy over its whole vocabulary, [R] KL(teacher ‖ student) over `vocab_size` entries."""
+    if not isinstance(student, LinearHead):
+        teacher = (head_logits(teacher) if isinstance(teacher, LinearHead) else teacher).to(student.device)
+        divergence = distillation_loss(
+            student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size
+        )
+        return functional.cross_entropy(student.float(), targets, reduction="none"), divergence
+    if isinstance(teacher, Tensor):
+        teacher = teacher.to(student.hidden.device)
+    whole = vocab_size in (None, student.weight.shape[0])
+    divergence, ce = linear_distillation_parts(
+        student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size, need_ce=whole
+    )
+    return ce if whole else linear_cross_entropy_loss(student, targets, reduction="none"), divergence
+
+
 def row_sums(
-    student: Tensor, teacher: Tensor, targets: Tensor, rows: Tensor, num_rows: int, vocab_size: int | None
+    student: Rows, teacher: Rows, targets: Tensor, rows: Tensor, num_rows: int, vocab_size: int | None
 ) -> Tensor:
     """Sums per row over its targets.
 
     Args:
-        student: [R, V] logits.
-        teacher: [R, V_teacher] logits.
+        student: [R, V] logits, or the head that makes them.
+        teacher: [R, V_teacher] logits, or the head that makes them.
         targets: [R] int64.
         rows: [R] int64, the batch row each target belongs to.
         num_rows: B.
@@ -37,11 +56,7 @@ def row_sums(
     Returns:
         [B, 3] float32: cross-entropy of the student, KL(teacher ‖ student), number of targets.
     """
-    teacher = teacher.to(student.device)
-    ce = functional.cross_entropy(student.float(), targets, reduction="none")
-    divergence = distillation_loss(
-        student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size
-    )
+    ce, divergence = token_losses(student, teacher, targets, vocab_size)
     values = torch.stack([ce, divergence.to(ce), torch.ones_like(ce)], dim=1)
     return torch.zeros(num_rows, 3, dtype=ce.dtype, device=ce.device).index_add_(0, rows, values)
 
@@ -108,10 +123,10 @@ class TokenWeightedEvaluation(Trainer):
     def _validate(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         batch = TokenBatch.from_inputs(inputs)
         num_rows, length = inputs["input_ids"].shape
-        teacher_logits = self.teacher.logits(batch)
+        teacher = self.teacher.rows(batch)
 
-        def consume(logits: list[Tensor]) -> Tensor:
+        def consume(students: list[Rows]) -> Tensor:
             rows = batch.positions // length
-            return row_sums(logits[0], teacher_logits, inputs["targets"], rows, num_rows, self.vocab_size)
+            return row_sums(students[0], teacher, inputs["targets"], rows, num_rows, self.vocab_size)
 
-        return self.student(model, [batch], consume)
+        return self.student(model, [batch], consume, fused=True)

@@ -1,0 +1,90 @@
+"""`distillm evaluate`: metrics of a model on held-out rows, with and without a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder, hub name or .gguf file of the model to measure.")],
+    dataset: Annotated[str, typer.Option(help="JSONL, JSON or Parquet file, or hub name, with held-out rows.")],
+    teacher: Annotated[str | None, typer.Option(help="Model to compare with: folder, hub name or .gguf file.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set; slices as train[:100] are allowed.")] = "train",
+    rows: Annotated[int, typer.Option(min=0, help="Take the first N rows; 0 takes all.")] = 0,
+    generate: Annotated[int, typer.Option(min=0, help="Generate responses to the first N rows for ROUGE-L.")] = 32,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the generated responses; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the generated responses.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    max_prompt_length: Annotated[int, typer.Option(min=1, help="Longer prompts lose their beginning.")] = 256,
+    max_length: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a generated response.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of both models.")] = "float32",
+    output: Annotated[Path | None, typer.Option(help="Write the metrics to this JSON file.")] = None,
+) -> None:
+    """Measure KL to the teacher, cross-entropy, top-1 agreement and ROUGE-L on held-out rows."""
+    import torch
+    from rich.console import Console
+
+    from distillm_ext.cli.errors import friendly_errors
+    from distillm_ext.cli.tables import print_results, report_progress
+    from distillm_ext.evaluation.metrics import evaluate_student
+    from distillm_ext.generation import SamplingParams
+
+    console = Console()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with friendly_errors():
+        student, other, tokenizer = _load(model, teacher, dtype, device)
+        tokens = _rows(dataset, split, rows, tokenizer, max_prompt_length, max_length)
+        with report_progress(console) as progress:
+            result = evaluate_student(
+                student,
+                tokens,
+                tokenizer,
+                teacher=other,
+                batch_size=batch_size,
+                generate_rows=generate,
+                max_new_tokens=max_new_tokens,
+                sampling=SamplingParams(temperature=temperature),
+                seed=seed,
+                progress=progress,
+            )
+        if output is not None:
+            _write(output, {"model": model, "teacher": teacher, "dataset": dataset, "split": split, **result.as_dict()})
+    print_results(console, {model: result})
+    console.print(f"{result.rows} rows, {result.tokens} response tokens", highlight=False, soft_wrap=True)
+
+
+def _load(model: str, teacher: str | None, dtype: str, device: str) -> tuple[Any, Any, Any]:
+    from distillm_ext.training.models import check_same_tokens, load_teacher, load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    # The measured model is only read: it loads as a teacher does, in evaluation mode and without gradients.
+    student: Any = load_teacher(model, dtype)
+    if teacher is None:
+        return student.to(device), None, tokenizer
+    check_same_tokens(tokenizer, load_tokenizer(teacher))
+    other: Any = load_teacher(teacher, dtype)
+    return student.to(device), other.to(device), tokenizer
+
+
+def _rows(dataset: str, split: str, rows: int, tokenizer: Any, max_prompt_length: int, max_length: int) -> Any:
+    from distillm_ext.training.data import load_rows, prepare_dataset
+
+    raw = load_rows(dataset, split=split)
+    if rows:
+        raw = raw.select(range(min(rows, len(raw))))
+    return prepare_dataset(
+        raw, tokenizer, max_prompt_length=max_prompt_length, max_length=max_length, source=Path(dataset).name
+    )
+
+
+def _write(output: Path, values: dict[str, Any]) -> None:
+    import json
+
+    from distillm_ext.files import write_text
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, json.dumps(values, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,40 @@
+"""What losses take and return beside tensors: data only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LinearHead:
+    r"""Hidden states and the language-model head that turns them into logits, which are not formed yet.
+
+    With :math:`z = h W^\top + b` the logits are :math:`\mathrm{scale} \cdot z`, or
+    :math:`\mathrm{softcap} \cdot \tanh(\mathrm{scale} \cdot z / \mathrm{softcap})`.
+
+    Attributes:
+        hidden: [..., H], one hidden state per position.
+        weight: [V, H].
+        bias: [V], or None.
+        softcap: bound of the logits (Gemma 2: 30), or None.
+        scale: factor on the head's output (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherHead(LinearHead):
+    """The teacher's side of `linear_distillation_loss`. Hidden size and vocabulary may differ from the student's.
+
+    Its logits are formed in the dtype of its weight, whatever the autocast context, and no gradient flows to it.
+
+    Example:
+        >>> teacher = TeacherHead(torch.randn(2, 8, 64), torch.randn(32000, 64))
+    """

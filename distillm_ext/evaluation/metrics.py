@@ -1,0 +1,267 @@
+"""How close a student is to its teacher on held-out rows, and how good its own responses are.
+
+Token metrics are taken at response positions with the ground-truth prefix (teacher forcing) and weighted by token over
+the whole set: the forward KL from the teacher, the cross-entropy with the ground truth, and how often student and
+teacher agree on the most probable token. ROUGE-L compares free-running responses with the reference text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from distillm_ext.functional import distillation_loss
+from distillm_ext.generation import SamplingParams, generate_responses
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Metrics of one student.
+
+    Attributes:
+        kl: KL(teacher ‖ student), nats per token; nan without a teacher.
+        cross_entropy: −log q(ground truth), nats per token.
+        agreement: share of tokens at which both models have the same most probable token; nan without a teacher.
+        rouge_l: ROUGE-L F × 100 of generated responses, mean over rows; nan if none were generated.
+        tokens: response tokens the first three are averaged over.
+        rows: rows the token metrics are taken from.
+        generated_rows: rows that responses were generated for.
+    """
+
+    kl: float
+    cross_entropy: float
+    agreement: float
+    rouge_l: float
+    tokens: int
+    rows: int
+    generated_rows: int
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """JSON-ready: what was not measured (nan) becomes None."""
+        return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(self).items()}
+
+
+def evaluate_student(
+    student: PreTrainedModel,
+    rows: Dataset,
+    tokenizer: Any,
+    *,
+    teacher: PreTrainedModel | None = None,
+    batch_size: int = 8,
+    generate_rows: int = 0,
+    max_new_tokens: int = 128,
+    sampling: SamplingParams | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Measure a student on token rows.
+
+    Args:
+        student: the model to measure; evaluation mode during the call, its mode restored afterwards.
+        rows: token rows (`input_ids`, `loss_mask`, `prompt_length`) of `prepare_dataset`.
+        tokenizer: decodes responses for ROUGE-L.
+        teacher: the model to compare with; None leaves kl and agreement nan.
+        batch_size: rows per forward and per generation pass.
+        generate_rows: responses are generated for that many rows from the first; 0 leaves rouge_l nan.
+        max_new_tokens: most tokens of a generated response.
+        sampling: how responses are drawn; None is greedy.
+        seed: of the draws; a row's response depends on (seed, row number) alone.
+        progress: called with (stage, rows done, rows in all).
+
+    Raises:
+        ValueError: no rows, no response token, or a parameter out of range.
+
+    Example:
+        >>> evaluate_student(student, rows, tokenizer, teacher=teacher).kl  # doctest: +SKIP
+        0.83
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("generate_rows", generate_rows, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+    kl, cross_entropy, agreement, tokens = divergence_metrics(
+        student, rows, teacher=teacher, batch_size=batch_size, pad_token_id=_pad_id(tokenizer), progress=progress
+    )
+    count = min(generate_rows, len(rows))
+    score = math.nan
+    if count:
+        texts, references = generate_texts(
+            student,
+            rows.select(range(count)),
+            tokenizer,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or SamplingParams(temperature=0.0),
+            seed=seed,
+            progress=progress,
+        )
+        score = rouge_l(texts, references)
+    return EvaluationResult(kl, cross_entropy, agreement, score, tokens, len(rows), count)
+
+
+def divergence_metrics(
+    student: PreTrainedModel,
+    rows: Dataset,
+    *,
+    teacher: PreTrainedModel | None,
+    batch_size: int = 8,
+    pad_token_id: int = 0,
+    progress: Progress | None = None,
+) -> tuple[float, float, float, int]:
+    """Token-weighted means over all response tokens of `rows`: KL(teacher ‖ student), cross-entropy, agreement, tokens.
+
+    Vocabularies of different sizes are compared over the entries both have.
+    """
+    if len(rows) == 0:
+        raise ValueError("rows: expected at least one row to evaluate, got none")
+    # Rows of like length share a batch: less padding, and the sums do not depend on the order.
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    totals = torch.zeros(4, dtype=torch.float64)
+    with torch.no_grad(), evaluating(student), evaluating(teacher):
+        for start in range(0, len(order), batch_size):
+            batch = [rows[index] for index in order[start : start + batch_size]]
+            totals += _batch_sums(student, teacher, batch, pad_token_id)
+            if progress is not None:
+                progress("token metrics", min(start + batch_size, len(order)), len(order))
+    kl, cross_entropy, agreement, tokens = totals.tolist()
+    if tokens == 0:
+        raise ValueError("rows: no response token (loss_mask is 0 everywhere); check max_length and the data")
+    nothing = math.nan
+    return (
+        kl / tokens if teacher is not None else nothing,
+        cross_entropy / tokens,
+        agreement / tokens if teacher is not None else nothing,
+        int(tokens),
+    )
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
+    """Evaluation mode inside, the mode found restored outside."""
+    was_training = model is not None and model.training
+    if model is not None:
+        model.eval()
+    try:
+        yield
+    finally:
+        if model is not None:
+            model.train(was_training)
+
+
+def _batch_sums(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, batch: list[dict[str, Any]], pad_token_id: int
+) -> Tensor:
+    """Sums over the batch's targets: KL, cross-entropy, agreements, count. [4] float64 on the CPU."""
+    width = max(len(row["input_ids"]) for row in batch)
+    input_ids = torch.full((len(batch), width), pad_token_id)
+    attention_mask = torch.zeros(len(batch), width, dtype=torch.long)
+    targets = torch.zeros(len(batch), width, dtype=torch.bool)
+    for index, row in enumerate(batch):
+        length = len(row["input_ids"])
+        input_ids[index, :length] = torch.tensor(row["input_ids"])
+        attention_mask[index, :length] = 1
+        targets[index, :length] = torch.tensor(row["loss_mask"], dtype=torch.bool)
+    # Position t predicts token t + 1.
+    predicts = targets[:, 1:]
+    if not predicts.any():
+        return torch.zeros(4, dtype=torch.float64)
+    labels = input_ids[:, 1:][predicts].to(student.device)
+    ours = _logits(student, input_ids, attention_mask, predicts)
+    sums = [torch.zeros((), device=ours.device)] * 4
+    sums[1] = functional.cross_entropy(ours.float(), labels, reduction="sum")
+    sums[3] = predicts.sum().to(ours.device)
+    if teacher is not None:
+        theirs = _logits(teacher, input_ids, attention_mask, predicts).to(ours.device)
+        shared = min(ours.shape[-1], theirs.shape[-1])
+        sums[0] = distillation_loss(ours, theirs, labels, divergence="forward_kl", reduction="sum", vocab_size=shared)
+        sums[2] = (ours[:, :shared].argmax(dim=-1) == theirs[:, :shared].argmax(dim=-1)).sum()
+    return torch.stack([value.double() for value in sums]).cpu()
+
+
+def _logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, predicts: Tensor) -> Tensor:
+    """Logits [targets, V] at the positions where `predicts` [B, L − 1] is set."""
+    device = model.device
+    inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device), "use_cache": False}
+    columns = predicts.any(dim=0).nonzero().squeeze(-1)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        # Prompts never meet the head.
+        logits = model(**inputs, logits_to_keep=columns.to(device)).logits
+    else:
+        logits = model(**inputs).logits[:, columns.to(device)]
+    return logits[predicts[:, columns].to(device)]
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Any legal id does: padding is marked by the attention mask."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return found if found is not None else 0
+
+
+def generate_texts(
+    student: PreTrainedModel,
+    rows: Dataset,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    sampling: SamplingParams,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[list[str], list[str]]:
+    """Responses of the student to the prompts of token rows, and the rows' own responses, as text."""
+    ends = _end_ids(student, tokenizer)
+    responses: list[list[int]] = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows.select(range(start, min(start + batch_size, len(rows))))
+        prompts = [row["input_ids"][: row["prompt_length"]] for row in batch]
+        generated = generate_responses(
+            student,
+            prompts,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=ends,
+            pad_token_id=_pad_id(tokenizer),
+            seeds=[seed * 1_000_003 + start + offset for offset in range(len(prompts))],
+        )
+        responses += generated.token_ids
+        if progress is not None:
+            progress("responses", len(responses), len(rows))
+    references = [row["input_ids"][row["prompt_length"] :] for row in rows]
+    return _decode(tokenizer, responses), _decode(tokenizer, references)
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """End tokens of the tokenizer and of the model's generation configuration."""
+    declared = getattr(model.generation_config, "eos_token_id", None)
+    many = declared if isinstance(declared, list) else [declared]
+    return sorted({index for index in (tokenizer.eos_token_id, *many) if index is not None})
+
+
+def _decode(tokenizer: Any, rows: list[list[int]]) -> list[str]:
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+def rouge_l(texts: Sequence[str], references: Sequence[str]) -> float:
+    """Mean ROUGE-L F × 100 (Lin, 2004; rouge_score with its Porter stemmer), one reference a text.
+
+    Raises:
+        ValueError: no text, or another number of references.
+    """
+    if not texts or len(texts) != len(references):
+        raise ValueError(f"texts: expected one reference each and at least one, got {len(texts)} and {len(references)}")
+    from rouge_score import rouge_scorer
+
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [scorer.score(ref, text)["rougeL"].fmeasure for text, ref in zip(texts, references, strict=True)]
+    return 100.0 * sum(scores) / len(scores)

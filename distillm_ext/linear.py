@@ -1,0 +1,203 @@
+"""Distillation losses from hidden states: the heads are part of the loss, logits exist a chunk of rows at a time.
+
+Checks arguments once, flattens positions to rows, calls the operator. Options and row weights: see `functional`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .containers import LinearHead, TeacherHead
+from .functional import _cap_tensor, _checked_options, _row_weight, _rows_of
+from .linear_checks import check_devices, checked_chunk, checked_rows, checked_sides
+from .ops.divergence import DivergenceOptions, loss_dtype
+from .ops.linear_chunks import LinearDivergenceCall
+from .ops.linear_divergence import linear_divergence
+
+# Of cross-entropy alone, where no divergence is formed.
+_NO_DIVERGENCE = DivergenceOptions("total_variation", 0.0, 0.0, 1.0, 1.0, -100, False)
+
+
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: TeacherHead | Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    rows: Tensor | None = None,
+    divergence: str = "skew_kl",
+    alpha: float | Tensor | None = None,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    cap: float | Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    ce_weight: float = 0.0,
+    detach_mixture: bool = False,
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    r"""`distillation_loss` fused with the language-model heads: no logits are kept, for either side.
+
+    With :math:`z = h W^\top + b` the student's logits are :math:`\mathrm{scale} \cdot z`, or with a soft-cap
+    :math:`c \tanh(\mathrm{scale} \cdot z / c)`, and the loss is that of `distillation_loss` on them. Logits are formed
+    for a chunk of rows, their gradient goes on to hidden states, weight and bias, and the next chunk takes its place:
+    the memory beyond inputs and gradients is that of ``chunk_rows`` logits of both sides and of one gradient (as in
+    Liger Kernel, Hsu et al., 2024, for hard labels).
+
+    Gradients are formed in the forward pass, those that are needed, and only where gradients are enabled; weight and
+    bias accumulate in float32. The backward pass multiplies them by the upstream gradient; a unit one costs nothing.
+    ``reduction="none"`` has an upstream gradient per position, which the weight's gradient needs to know: its backward
+    pass computes the logits again.
+
+    A NaN in the hidden state of one position makes its loss and its hidden gradient NaN, and no other position's; the
+    gradients of weight and bias sum over positions and are NaN then.
+
+    Under autocast the student's product is computed in the autocast dtype; gradients have the dtype of what they
+    belong to. Under FSDP and DDP call it inside the forward of the module that owns the weight.
+
+    Args:
+        student_hidden: [..., H], float32, bfloat16 or float16 (float64 on the CPU).
+        student_weight: [V, H], in the dtype of ``student_hidden`` unless autocast is on.
+        teacher: a `TeacherHead`, whose hidden size and vocabulary may differ, or teacher logits [..., Vt], of the same
+            positions and device.
+        labels: [...], integer; positions equal to ``ignore_index`` contribute exactly 0, NaN or not. On the CPU they
+            meet neither head; see ``rows``.
+        student_bias: [V].
+        logit_softcap: c > 0, None for none.
+        logit_scale: factor on the student's logits, > 0.
+        chunk_rows: the most rows whose logits exist at a time; None: as many as 256 MiB hold (at least 16).
+        rows: [n] int64 indices into the flattened positions, distinct: the positions to look at; all others count as
+            ignored. On the CPU the operator finds them itself. On CUDA that would wait for the device: an index made
+            where the batch is collated keeps ignored positions out of the products; without it they take part and
+            their gradient is 0.
+        divergence, alpha, beta, temperature, weight, cap, ignore_index, reduction, ce_weight, detach_mixture,
+            num_items, vocab_size: see `distillation_loss`.
+
+    Returns:
+        Scalar, or [...] for reduction "none"; float32 (float64 for float64 input).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device, name or range.
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 8, 64, requires_grad=True), torch.randn(32000, 64, requires_grad=True)
+        >>> teacher = TeacherHead(torch.randn(2, 8, 128), torch.randn(32000, 128))
+        >>> linear_distillation_loss(hidden, weight, teacher, divergence="skew_kl", alpha=0.1).backward()
+    """
+    student = LinearHead(student_hidden, student_weight, student_bias, logit_softcap, logit_scale)
+    options = _checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
+    loss, _ = _linear_loss(
+        student, teacher, options, labels, weight=weight, alpha=alpha, cap=cap, rows=rows, reduction=reduction,
+        num_items=num_items, vocab_size=vocab_size, chunk_rows=chunk_rows,
+    )  # fmt: skip
+    return loss
+
+
+def linear_distillation_parts(
+    student: LinearHead,
+    teacher: LinearHead | Tensor,
+    labels: Tensor,
+    *,
+    divergence: str,
+    alpha: float | None = None,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    need_ce: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`linear_distillation_loss` and, detached, the cross-entropy with labels: same reduction, without its weight.
+
+    The cross-entropy costs one more look at the logits of each chunk; without ``need_ce`` it is 0.
+    """
+    options = _checked_options(divergence, alpha, beta, temperature, ce_weight, -100, False)
+    return _linear_loss(
+        student, teacher, options, labels, reduction=reduction, num_items=num_items, vocab_size=vocab_size,
+        need_ce=need_ce,
+    )  # fmt: skip
+
+
+def linear_cross_entropy_loss(
+    student: LinearHead, labels: Tensor, *, reduction: str = "mean", num_items: int | Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of a head's logits with labels [...], -100 where there is none; logits exist by the chunk.
+
+    Reductions, memory and gradients are those of `linear_distillation_loss`.
+    """
+    return _linear_loss(student, None, _NO_DIVERGENCE, labels, reduction=reduction, num_items=num_items)[0]
+
+
+def _linear_loss(
+    student: LinearHead,
+    teacher: LinearHead | Tensor | None,
+    options: DivergenceOptions,
+    labels: Tensor | None,
+    *,
+    weight: Tensor | None = None,
+    alpha: float | Tensor | None = None,
+    cap: float | Tensor | None = None,
+    rows: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_rows: int | None = None,
+    need_ce: bool = False,
+) -> tuple[Tensor, Tensor]:
+    dtype = checked_sides(student, teacher, options, vocab_size)
+    if options.ce_weight != 0 and labels is None:
+        raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
+    shape = student.hidden.shape[:-1]
+    like = torch.empty((*shape, 0), dtype=dtype, device=student.hidden.device)  # positions of logits, without any
+    check_devices(like.device, labels=labels, weight=weight, alpha=alpha, cap=cap, rows=rows)
+    flat = _rows_of(like, loss_dtype(dtype))
+    flat_labels, flat_weight = flat(labels, "labels", integer=True), flat(weight, "weight")
+    if rows is not None:
+        flat_weight = _only(checked_rows(rows), flat_weight, like)
+    teacher_rows, teacher_weight, teacher_bias, teacher_softcap, teacher_scale = _teacher_arguments(teacher)
+    need_hidden, need_weight, need_bias = (_needs(x) for x in (student.hidden, student.weight, student.bias))
+    loss, ce = linear_divergence(
+        LinearDivergenceCall(
+            student.hidden.reshape(-1, student.hidden.shape[-1]), student.weight, student.bias,
+            teacher_rows, teacher_weight, teacher_bias, flat_labels,
+            _row_weight(flat_weight, flat_labels, shape, like, reduction, num_items, options.ignore_index),
+            flat(alpha if isinstance(alpha, Tensor) else None, "alpha"), flat(_cap_tensor(cap, like), "cap"), rows,
+            float(student.scale), float(student.softcap or 0.0), teacher_scale, teacher_softcap, options.divergence,
+            options.alpha, options.beta, options.temperature, options.ce_weight, options.ignore_index,
+            options.detach_mixture, dtype, checked_chunk(chunk_rows), vocab_size or 0, reduction == "none",
+            need_ce, need_hidden, need_weight, need_bias,
+        )
+    )  # fmt: skip
+    return (loss.reshape(shape), ce.reshape(shape)) if reduction == "none" else (loss, ce)
+
+
+def _needs(x: Tensor | None) -> bool:
+    return x is not None and torch.is_grad_enabled() and x.requires_grad
+
+
+def _teacher_arguments(
+    teacher: LinearHead | Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
+    """Rows, weight, bias, softcap and scale as the operator takes them."""
+    if teacher is None:
+        return None, None, None, 0.0, 1.0
+    if isinstance(teacher, Tensor):
+        return teacher.detach().reshape(-1, teacher.shape[-1]), None, None, 0.0, 1.0
+    bias = None if teacher.bias is None else teacher.bias.detach()
+    hidden = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1])
+    return hidden, teacher.weight.detach(), bias, float(teacher.softcap or 0.0), float(teacher.scale)
+
+
+def _only(rows: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:
+    """Row weights that are 0 outside of `rows`: what is not looked at must not enter the mean's divisor."""
+    listed = torch.zeros(like.shape[:-1].numel(), dtype=loss_dtype(like.dtype), device=like.device)
+    listed = listed.index_fill(0, rows, 1.0)
+    return listed if weight is None else torch.where(listed > 0, weight, listed)

@@ -1,0 +1,97 @@
+"""Operator `linear_divergence`: typed call, fake, autograd. The computation: `linear_chunks`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .divergence import _scaled, loss_dtype
+from .linear_chunks import LinearDivergenceCall, linear_divergence_cpu, linear_divergence_cuda
+
+_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? labels, Tensor? row_weight, Tensor? alpha_rows, Tensor? cap, Tensor? rows, float scale, float softcap, "
+    "float teacher_scale, float teacher_softcap, str divergence, float alpha, float beta, float temperature, "
+    "float ce_weight, int ignore_index, bool detach_mixture, ScalarType dtype, SymInt chunk_rows, SymInt vocab_size, "
+    "bool per_row, bool need_ce, bool need_hidden, bool need_weight, bool need_bias) -> "
+    "(Tensor loss, Tensor ce, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
+_NAME = "distillm_ext::linear_divergence"
+
+
+def linear_divergence(call: LinearDivergenceCall) -> tuple[Tensor, Tensor]:
+    """Loss, [] or with `per_row` [R], differentiable in hidden, weight and bias; cross-entropy of the same shape.
+
+    Row r is weight_r (min(divergence_r, cap_r) + ce_weight CE_r). Rows with an ignored label or weight 0, and with
+    `rows` all that are not listed, are exactly 0. The cross-entropy, weight_r CE_r, is 0 unless asked for.
+    """
+    loss, ce, _, _, _ = torch.ops.distillm_ext.linear_divergence(*call)
+    return loss, ce
+
+
+def _linear_divergence_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call = LinearDivergenceCall(*arguments)
+    wide = loss_dtype(call.dtype)
+    loss = call.hidden.new_empty((call.hidden.shape[0],) if call.per_row else (), dtype=wide)
+
+    def gradient(x: Tensor, needed: bool) -> Tensor:
+        return x.new_empty(x.shape if needed and not call.per_row else (0,))
+
+    return (
+        loss,
+        torch.empty_like(loss),
+        gradient(call.hidden, call.need_hidden),
+        gradient(call.weight, call.need_weight),
+        gradient(call.weight if call.bias is None else call.bias, call.need_bias),
+    )
+
+
+# Fields before this one are tensors.
+_TENSORS = LinearDivergenceCall._fields.index("scale")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    call = LinearDivergenceCall(*inputs)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.rest = inputs[_TENSORS:]
+    ctx.per_row = call.per_row
+    ctx.needed = (call.need_hidden, call.need_weight, call.need_bias)
+    ctx.save_for_backward(*(call[:_TENSORS] if call.per_row else output[2:]))
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (len(LinearDivergenceCall._fields) - 3)
+    if grad_loss is None:
+        return (None, None, None, *nothing)
+    if torch.is_grad_enabled():
+        raise RuntimeError("distillm_ext losses have no second derivative; call backward without create_graph=True.")
+    gradients = ctx.saved_tensors
+    if ctx.per_row:
+        call = LinearDivergenceCall(*gradients, *ctx.rest)
+        row_weight = grad_loss if call.row_weight is None else call.row_weight * grad_loss
+        again = call._replace(row_weight=row_weight.contiguous(), per_row=False, need_ce=False)
+        gradients = torch.ops.distillm_ext.linear_divergence(*again)[2:]
+        grad_loss = None
+    found = (
+        (gradient if grad_loss is None else _times(gradient, grad_loss)) if need else None
+        for gradient, need in zip(gradients, ctx.needed, strict=True)
+    )
+    return (*found, *nothing)
+
+
+def _times(gradient: Tensor, scale: Tensor) -> Tensor:
+    """The saved gradient times the scalar upstream gradient; by 1 it is not touched."""
+    rows = gradient.unsqueeze(-1) if gradient.dim() == 1 else gradient
+    factor = scale.to(loss_dtype(gradient.dtype)).expand(rows.shape[0]).contiguous()
+    scaled = _scaled(rows, factor)
+    return scaled.squeeze(-1) if gradient.dim() == 1 else scaled
+
+
+torch.library.define(_NAME, _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.impl(_NAME, "cpu", linear_divergence_cpu)
+torch.library.impl(_NAME, "cuda", linear_divergence_cuda)
+torch.library.register_fake(_NAME, _linear_divergence_fake)
+torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
