@@ -96,7 +96,7 @@ def test_layouts(dtypes, staged, rng):
         case = DivergenceCase(
             unaligned(student, at_student, student_stride),
             unaligned(teacher, at_teacher, teacher_stride),
-            staged_slots=staged,
+            staged_chunks=staged,
         )
         check(case, seed=seed)
         case.need_gradient = False
@@ -110,7 +110,7 @@ def test_unequal_vocabularies(vocabs, divergence, rng):
     check(case)
     case.student = unaligned(case.student, 3)
     check(case, threads=32)
-    case.staged_slots = 3
+    case.staged_chunks = 3
     check(case)
 
 
@@ -185,7 +185,7 @@ def test_cross_entropy(temperature, dtype, rng):
     case.weight = np.array([1, 2, 3, 1, 1, 1, 1], np.float32)
     case.cap = np.array([9, 9, 9, 0.01, 9, 9, 9], np.float32)
     for staged in (0, None):
-        case.staged_slots = staged
+        case.staged_chunks = staged
         result = check(case, seed=2)
     assert np.isnan(result.loss[5:]).all() and result.loss[4] == 0
     case.ce_weight = 0.0  # then labels only say which rows count
@@ -197,7 +197,7 @@ def test_in_place(staged, rng):
     for offset, temperature in ((0, 1.0), (3, 2.0)):
         case = DivergenceCase(
             unaligned(logits(rng, 3, 517, BF16), offset), logits(rng, 3, 517, BF16), in_place=True,
-            staged_slots=staged, temperature=temperature, labels=np.array([5, -100, 516]), ce_weight=0.5,
+            staged_chunks=staged, temperature=temperature, labels=np.array([5, -100, 516]), ce_weight=0.5,
         )  # fmt: skip
         for seed in (0, 4):
             case.student[...] = logits(rng, 3, 517, BF16)
@@ -239,12 +239,12 @@ def test_counted_traffic(rng):
     entries = rows * vocab
     case = DivergenceCase(logits(rng, rows, vocab, BF16), logits(rng, rows, vocab, BF16))
     for staged, reads in ((None, 1), (256, 2), (0, 3)):
-        case.staged_slots = staged
+        case.staged_chunks = staged
         counters = check(case, threads=128, count=True).counters
         assert counters.load_bytes == 4 * entries * reads
         assert counters.store_bytes == 2 * entries + 4 * rows
         assert counters.load_efficiency == 1
-    case.staged_slots, case.need_gradient = None, False
+    case.staged_chunks, case.need_gradient = None, False
     counters = check(case, threads=128, count=True).counters
     assert (counters.load_bytes, counters.store_bytes) == (4 * entries, 4 * rows)
     accesses = {site.text.split()[0] for site in counters.sites if site.access == "load global"}

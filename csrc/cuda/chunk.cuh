@@ -18,7 +18,6 @@ namespace distillm {
 template <class T, int N>
 struct Chunk {
   static_assert(N * sizeof(T) == 16 || N * sizeof(T) == 8, "one vector access");
-  using Element = T;
   static constexpr int kWords = N * sizeof(T) / 4;
   uint32_t word[kWords];
 };

@@ -1,11 +1,10 @@
-// Reductions over all threads of a cluster, whose result every thread receives. Deterministic: the shape of the tree
-// depends on the sizes of block and cluster alone, and all lanes add the same pairs.
+// Reductions over a block, whose result every thread receives. Deterministic: the shape of the tree depends on the
+// block size alone, and all lanes add the same pairs.
 #pragma once
 
 #include <cfloat>
 
 #include "../math/exponential.h"
-#include "cluster.cuh"
 
 namespace distillm {
 
@@ -13,105 +12,72 @@ constexpr int kWarp = 32;
 constexpr int kMaxWarps = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// The sum of exp2((z - reference) * scale) over the logits seen. The reference is one of them, not always the largest:
-// the range of float leaves room for sums of larger ones. An empty sum has the lowest finite reference instead of -inf,
-// so that threads which saw nothing but -inf add 0 and not NaN; a NaN or +inf among the logits makes the sum NaN.
+// Largest logit seen and the sum of exp2((z - maximum) * scale) over the logits seen. An empty one has the lowest
+// finite maximum instead of -inf, so that threads which saw nothing but -inf add 0 and not NaN; a NaN or +inf among the
+// logits makes the sum NaN.
 struct ExpSum {
-  float reference, sum;
+  float maximum, sum;
 
   __device__ static ExpSum empty() { return {-FLT_MAX, 0.0f}; }
 
   template <int N>
   __device__ void add(const float (&z)[N], float scale) {
-    if (reference == -FLT_MAX) reference = fmaxf(z[0], -FLT_MAX);
-    float more = total(z, scale);
-    if (!(more < kLargeSum)) {  // rare, or NaN
-      float highest = reference;
+    float higher = maximum;
 #pragma unroll
-      for (int i = 0; i < N; ++i) highest = fmaxf(highest, z[i]);
-      raise(highest, scale);
-      more = total(z, scale);
-    }
-    sum += more;
+    for (int i = 0; i < N; ++i) higher = fmaxf(higher, z[i]);
+    raise(higher, scale);
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum += exp2_fast((z[i] - maximum) * scale);
   }
 
   // __fmul_rn is never contracted with a later sum: lanes that exchange sums stay bit-identical.
   __device__ void raise(float higher, float scale) {
-    sum = __fmul_rn(sum, exp2_fast((reference - higher) * scale));
-    reference = higher;
+    sum = __fmul_rn(sum, exp2_fast((maximum - higher) * scale));
+    maximum = higher;
   }
+};
 
- private:
-  static constexpr float kLargeSum = 1.2089258e24f;  // 2^80: with 2^31 such sums there is no overflow
-
-  template <int N>
-  __device__ float total(const float (&z)[N], float scale) const {
-    float total = 0;
+__device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) total += exp2_fast((z[i] - reference) * scale);
-    return total;
-  }
-};
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
+  return x;
+}
 
-// How values combine over groups of kLanes neighbouring lanes, a power of two.
-struct Add {
-  using Value = float;
-
-  __device__ Value empty() const { return 0.0f; }
-  template <int kLanes>
-  __device__ Value lanes(Value x) const {
+__device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-    for (int lane = kLanes / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
-    return x;
-  }
-};
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lane));
+  return x;
+}
 
-struct AddExponentials {
-  using Value = ExpSum;
-  float scale;
+__device__ __forceinline__ ExpSum warp_combine(ExpSum x, float scale) {
+  x.raise(warp_max(x.maximum), scale);
+  x.sum = warp_sum(x.sum);
+  return x;
+}
 
-  __device__ Value empty() const { return ExpSum::empty(); }
-  template <int kLanes>
-  __device__ Value lanes(Value x) const {
-    float higher = x.reference;
-#pragma unroll
-    for (int lane = kLanes / 2; lane > 0; lane /= 2) higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, lane));
-    x.raise(higher, scale);
-    x.sum = Add{}.lanes<kLanes>(x.sum);
-    return x;
-  }
-};
+// A reduction has two halves with a barrier between them, so that several share one barrier: every warp publishes its
+// result, then every warp collects all of them for itself. An array serves one reduction per block.
+using PartialSums = float[kMaxWarps];
+using PartialExpSums = ExpSum[kMaxWarps];
 
-// A reduction has three steps, so that several share their barriers:
-//
-//   publish()                            every warp leaves its result in shared memory
-//   __syncthreads()
-//   share()                              the first warp combines those and writes the block's result to every block
-//   Cluster::synchronize()
-//   total()                              every thread combines the results of the blocks, from its own shared memory
-//
-// Blocks write to others and read from themselves: after the last barrier any of them may exit. One Partials serves one
-// reduction.
-template <class Combine>
-struct Partials {
-  using Value = typename Combine::Value;
-  Value of_warp[kMaxWarps], of_block[kMaxCluster];
+__device__ __forceinline__ void publish(float x, PartialSums& partial) {
+  x = warp_sum(x);
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
+}
 
-  __device__ void publish(const Combine& combine, Value x) {
-    x = combine.template lanes<kWarp>(x);
-    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = x;
-  }
-  __device__ void share(const Combine& combine, const Cluster& cluster) {
-    const int lane = threadIdx.x;
-    const bool used = lane < static_cast<int>(blockDim.x) / kWarp;
-    const Value x = combine.template lanes<kWarp>(used ? of_warp[lane] : combine.empty());
-    if (lane < cluster.size) *cluster.in_block(of_block + cluster.rank, lane) = x;
-  }
-  __device__ Value total(const Combine& combine, const Cluster& cluster) const {
-    if (cluster.size == 1) return of_block[0];
-    const int block = threadIdx.x % kMaxCluster;
-    return combine.template lanes<kMaxCluster>(block < cluster.size ? of_block[block] : combine.empty());
-  }
-};
+__device__ __forceinline__ void publish(ExpSum x, float scale, PartialExpSums& partial) {
+  x = warp_combine(x, scale);
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
+}
+
+__device__ __forceinline__ float collect(const PartialSums& partial) {
+  const int lane = threadIdx.x % kWarp;
+  return warp_sum(lane < blockDim.x / kWarp ? partial[lane] : 0.0f);
+}
+
+__device__ __forceinline__ ExpSum collect(const PartialExpSums& partial, float scale) {
+  const int lane = threadIdx.x % kWarp;
+  return warp_combine(lane < blockDim.x / kWarp ? partial[lane] : ExpSum::empty(), scale);
+}
 
 }  // namespace distillm

@@ -1,21 +1,18 @@
 // The logits of one row, student's and teacher's, and the walk over them that every pass of a row kernel makes.
 //
 // The row is cut into chunks (chunk.cuh) at the addresses where the gradient's chunks are aligned; chunk c holds the
-// entries [c * N - phase, (c + 1) * N - phase). The threads of the cluster take the chunks in turn. Full chunks are
-// loaded several at a time; those that are partial, at both ends, or not aligned on one side, one by one. Whatever a
-// side lacks reads as -inf.
+// entries [c * N - phase, (c + 1) * N - phase). Thread t of a block visits the positions t, t + threads, ...: first the
+// full chunks, several loads in flight per thread, then the partial ones at both ends. Whatever a side lacks reads as
+// -inf.
 //
-// Thread t of each block owns the slots t, t + threads, ... of the block's shared memory, one for each of its chunks in
-// turn, and nobody else touches them: no barrier is needed, and no bank conflict arises. The first visit leaves the
-// logits in the first `staged` slots, whose later visits read no memory. The second may overwrite them in the first
-// `kept` slots with what it computed (two floats per entry, which may take more room than the logits), so that the
-// third only combines those.
+// The first visit keeps the first `capacity` positions in shared memory, each slot written and read by one thread, so
+// that no barrier is needed and no bank conflict arises; later visits take those from there and the rest from memory
+// again.
 #pragma once
 
 #include <type_traits>
 
 #include "chunk.cuh"
-#include "cluster.cuh"
 
 namespace distillm {
 
@@ -96,15 +93,10 @@ struct LogitRow<AnyElement, N> {
   }
 };
 
-// One of a thread's chunks and the slot for it in shared memory.
-struct Place {
-  int chunk, slot;
-};
-
 template <class Student, class Teacher>
 struct RowPair {
   static constexpr int N = kChunkEntries<Student, Teacher>;
-  static constexpr int kInFlight = 4;  // pairs of loads per thread
+  static constexpr int kInFlight = 2;  // pairs of loads per thread
   using StudentRow = LogitRow<Student, N>;
   using TeacherRow = LogitRow<Teacher, N>;
   using StudentChunk = typename StudentRow::Loaded;
@@ -113,132 +105,83 @@ struct RowPair {
     StudentChunk student;
     TeacherChunk teacher;
   };
-  static constexpr int kSlotBytes = sizeof(Loaded);                                    // shared memory per staged slot
-  static constexpr int kKeptBytes = 2 * N * sizeof(float) - sizeof(Loaded) / 16 * 16;  // more of it per kept slot
+  static constexpr int kSlotBytes = sizeof(Loaded);  // shared memory per position
 
   StudentRow student;
   TeacherRow teacher;
-  Cluster cluster;
   int phase;
   bool student_aligned, teacher_aligned;
-  int full_begin, full_end;  // the chunks that are full and aligned on both sides
-  int staged, kept;
-  TeacherChunk* teacher_slots;  // 16 bytes per slot in any case, like the arrays of kept slots behind it
-  float4* kept_slots;
-  StudentChunk* student_slots;  // 8 or 16 bytes
+  int head, full;               // partial chunks before the full ones; full chunks, 0 if a side is out of phase
+  TeacherChunk* teacher_slots;  // first: 16 bytes each, always, which keeps the student's aligned
+  StudentChunk* student_slots;
+  int capacity;
 
-  __device__ RowPair(StudentRow student, TeacherRow teacher, Cluster cluster, int phase, float4* slots, int staged,
-                     int kept)
+  __device__ RowPair(StudentRow student, TeacherRow teacher, int phase, void* slots, int capacity)
       : student(student),
         teacher(teacher),
-        cluster(cluster),
         phase(phase),
         student_aligned(student.aligned(phase)),
         teacher_aligned(teacher.aligned(phase)),
-        full_begin(phase > 0),
-        full_end(student_aligned && teacher_aligned ? (phase + min(student.vocab, teacher.vocab)) / N : 0),
-        staged(staged),
-        kept(kept),
-        teacher_slots(reinterpret_cast<TeacherChunk*>(slots)),
-        kept_slots(slots + staged),
-        student_slots(reinterpret_cast<StudentChunk*>(kept_slots + kKeptBytes / 16 * kept)) {}
+        head(phase > 0),
+        full(0),
+        teacher_slots(static_cast<TeacherChunk*>(slots)),
+        student_slots(reinterpret_cast<StudentChunk*>(teacher_slots + capacity)),
+        capacity(capacity) {
+    const int end = (phase + min(student.vocab, teacher.vocab)) / N;
+    if (student_aligned && teacher_aligned) full = max(end - head, 0);
+  }
 
   __device__ int chunks(int vocab) const { return (phase + vocab + N - 1) / N; }
-  __device__ Place first_place() const { return {cluster.thread(), static_cast<int>(threadIdx.x)}; }
-  __device__ Place after(Place place, int turns) const {
-    return {place.chunk + turns * cluster.threads(), place.slot + turns * static_cast<int>(blockDim.x)};
+
+  // First entry of the chunk at a position; negative in a partial first chunk.
+  __device__ int first_entry(int position) const {
+    const bool is_full = position < full, is_head = !is_full && position < full + head;
+    return (position + (is_full ? head : is_head ? -full : 0)) * N - phase;
   }
 
-  __device__ int first_entry(int chunk) const { return chunk * N - phase; }  // negative in a partial first chunk
-
-  __device__ Loaded load(int chunk) const {
-    const int first = first_entry(chunk);
+  template <bool kFirstVisit, bool kInside>
+  __device__ Loaded fetch(int position) const {
+    if (!kFirstVisit && position < capacity) {
+      return {load_aligned_slot(student_slots + position), load_aligned_slot(teacher_slots + position)};
+    }
+    const int first = first_entry(position);
+    if (kInside) return {student.load_inside(first), teacher.load_inside(first)};
     return {student.load(first, student_aligned), teacher.load(first, teacher_aligned)};
   }
-  __device__ Loaded load_full(int chunk) const {
-    const int first = first_entry(chunk);
-    return {student.load_inside(first), teacher.load_inside(first)};
-  }
-  __device__ void stage(int slot, const Loaded& loaded) const {
-    if (slot >= staged) return;
-    store_aligned(student_slots + slot, loaded.student);
-    store_aligned(teacher_slots + slot, loaded.teacher);
+
+  template <class T>
+  __device__ static Chunk<T, N> load_aligned_slot(const Chunk<T, N>* slot) {
+    return load_aligned<T, N>(slot);
   }
 
-  // Loads, stages and passes to body(student logits, teacher logits) this thread's chunks of all that either side has.
-  template <class Body>
-  __device__ void first_visit(Body body) const {
-    const int count = chunks(max(student.vocab, teacher.vocab));
-    const auto pass = [&](int slot, const Loaded& loaded) {
-      stage(slot, loaded);
-      float student_logits[N], teacher_logits[N];
-      unpack(loaded.student, student_logits);
-      unpack(loaded.teacher, teacher_logits);
-      body(student_logits, teacher_logits);
-    };
-    Place place = first_place();
-    while (place.chunk < count) {
-      int turns = 1;
-      if (place.chunk >= full_begin && place.chunk < full_end) {
-        Loaded loaded[kInFlight];
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-          if (after(place, i).chunk < full_end) loaded[i] = load_full(after(place, i).chunk), turns = i + 1;
-        }
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-          if (i < turns) pass(after(place, i).slot, loaded[i]);
-        }
-      } else {
-        pass(place.slot, load(place.chunk));
-      }
-      place = after(place, turns);
+  template <bool kFirstVisit, class Body>
+  __device__ void pass(int position, const Loaded& loaded, Body& body) const {
+    if (kFirstVisit && position < capacity) {
+      store_aligned(student_slots + position, loaded.student);
+      store_aligned(teacher_slots + position, loaded.teacher);
     }
-  }
-
-  // Calls body(place) for this thread's chunks of `vocab` entries, which may be less than a side has but not less than
-  // both have.
-  template <class Body>
-  __device__ void visit(int vocab, Body body) const {
-    const int count = chunks(vocab);
-#pragma unroll 1
-    for (Place place = first_place(); place.chunk < count; place = after(place, 1)) body(place);
-  }
-
-  // After the first visit, for slots not overwritten by keep().
-  __device__ void logits(Place place, float (&student_logits)[N], float (&teacher_logits)[N]) const {
-    Loaded loaded;
-    if (place.slot < staged) {
-      loaded = {load_aligned<Student, N>(student_slots + place.slot),
-                load_aligned<typename TeacherChunk::Element, N>(teacher_slots + place.slot)};
-    } else {
-      loaded = load(place.chunk);
-    }
+    float student_logits[N], teacher_logits[N];
     unpack(loaded.student, student_logits);
     unpack(loaded.teacher, teacher_logits);
+    body(first_entry(position), student_logits, teacher_logits);
   }
 
-  // The 16-byte pieces of a kept slot: over the teacher's logits, over the student's where those are as large, then in
-  // arrays of their own.
-  __device__ float4* piece(int slot, int i) const {
-    constexpr bool kOverStudent = sizeof(StudentChunk) == 16;
-    if (i == 0) return reinterpret_cast<float4*>(teacher_slots) + slot;
-    if (kOverStudent && i == 1) return reinterpret_cast<float4*>(student_slots) + slot;
-    return kept_slots + (i - 1 - kOverStudent) * kept + slot;
-  }
-  __device__ void keep(int slot, const float (&x)[N], const float (&y)[N]) const {
+  // Calls body(first entry, student logits, teacher logits) for this thread's share of the chunks of `vocab` entries,
+  // which may be less than a side has but not less than both have.
+  template <bool kFirstVisit, class Body>
+  __device__ void visit(int vocab, Body body) const {
+    const int step = blockDim.x, count = chunks(vocab);
+    int position = threadIdx.x;
+    for (; position + (kInFlight - 1) * step < full; position += kInFlight * step) {
+      Loaded loaded[kInFlight];
 #pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      *piece(slot, i / 4) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
-      *piece(slot, (N + i) / 4) = {y[i], y[i + 1], y[i + 2], y[i + 3]};
+      for (int i = 0; i < kInFlight; ++i) loaded[i] = fetch<kFirstVisit, true>(position + i * step);
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) pass<kFirstVisit>(position + i * step, loaded[i], body);
     }
-  }
-  __device__ void kept_values(int slot, float (&x)[N], float (&y)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
-      const float4 u = *piece(slot, i / 4), v = *piece(slot, (N + i) / 4);
-      x[i] = u.x, x[i + 1] = u.y, x[i + 2] = u.z, x[i + 3] = u.w;
-      y[i] = v.x, y[i + 1] = v.y, y[i + 2] = v.z, y[i + 3] = v.w;
+#pragma unroll 1
+    for (; position < count; position += step) {
+      pass<kFirstVisit>(position, fetch<kFirstVisit, false>(position), body);
     }
   }
 };
