@@ -13,21 +13,9 @@ from torch import Tensor
 from .ops.divergence import DivergenceOptions, loss_dtype
 from .ops.divergence import divergence as divergence_op
 from .ops.extension import require_backend
+from .options import DIVERGENCES as DIVERGENCES
+from .options import checked_number, checked_options
 
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "symmetric_kl",
-    "skew_kl",
-    "skew_reverse_kl",
-    "generalized_js",
-    "total_variation",
-    "alpha_beta",
-    "token_adaptive",
-)
-# Published defaults of the hyper-parameters; a divergence that is not listed has none of that name.
-DEFAULT_ALPHA = {"skew_kl": 0.1, "skew_reverse_kl": 0.1, "alpha_beta": 0.2}
-DEFAULT_BETA = {"symmetric_kl": 0.9, "generalized_js": 0.5, "alpha_beta": 0.7}
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -111,7 +99,7 @@ def distillation_loss(
     """
     _check_logits(student_logits, teacher)
     shape = student_logits.shape[:-1]
-    options = _checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
+    options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
     if ce_weight != 0 and labels is None:
         raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
     if vocab_size is not None:
@@ -154,68 +142,6 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
     if student.dtype == torch.float64 and student.device.type == "cuda":
         raise TypeError("student_logits must be float32, bfloat16 or float16 on CUDA; float64 is for the CPU.")
     require_backend(student.device)
-
-
-def _checked_options(
-    divergence: str,
-    alpha: float | Tensor | None,
-    beta: float | None,
-    temperature: float,
-    ce_weight: float,
-    ignore_index: int,
-    detach_mixture: bool,
-) -> DivergenceOptions:
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
-    if detach_mixture and divergence != "skew_reverse_kl":
-        raise ValueError(f"detach_mixture is an option of skew_reverse_kl, got divergence={divergence!r}.")
-    scalar = None if isinstance(alpha, Tensor) else alpha
-    if alpha is not None and divergence not in DEFAULT_ALPHA:
-        raise ValueError(f"alpha has no meaning for {divergence}; leave it None.")
-    a = _hyper_parameter(scalar, "alpha", divergence, DEFAULT_ALPHA)
-    b = _hyper_parameter(beta, "beta", divergence, DEFAULT_BETA)
-    if divergence in ("symmetric_kl", "generalized_js", "alpha_beta"):
-        divergence = _limit(divergence, a, b, isinstance(alpha, Tensor))
-    temperature = _number(temperature, "temperature")
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}.")
-    ce_weight = _number(ce_weight, "ce_weight")
-    if not 0.0 <= ce_weight < math.inf:
-        raise ValueError(f"ce_weight must be finite and not negative, got {ce_weight}.")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}.")
-    return DivergenceOptions(divergence, a, b, temperature, ce_weight, ignore_index, bool(detach_mixture))
-
-
-def _hyper_parameter(value: float | None, name: str, divergence: str, defaults: dict[str, float]) -> float:
-    if value is not None and divergence not in defaults:
-        raise ValueError(f"{name} has no meaning for {divergence}; leave it None.")
-    number = defaults.get(divergence, 0.0) if value is None else _number(value, name)
-    if divergence == "alpha_beta":
-        if not 0.0 <= number < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {number}.")
-    elif not 0.0 <= number <= 1.0:
-        raise ValueError(f"{name} must lie in [0, 1], got {number}.")
-    return number
-
-
-def _limit(divergence: str, alpha: float, beta: float, alpha_rows: bool) -> str:
-    """The name under which the kernels know the ends of a family, which its own formula does not reach."""
-    if divergence != "alpha_beta":
-        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, divergence)
-    if not alpha_rows and (alpha, beta) in ((1.0, 0.0), (0.0, 1.0)):
-        return "forward_kl" if beta == 0.0 else "reverse_kl"
-    if beta == 0.0 or (alpha == 0.0 and not alpha_rows):
-        raise ValueError(
-            f"alpha_beta needs alpha > 0 and beta > 0, or one of the limits (1, 0) and (0, 1), got ({alpha}, {beta})."
-        )
-    return divergence
-
-
-def _number(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-    return float(value)
 
 
 def _cut(student: Tensor, teacher: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -266,7 +192,7 @@ class _rows_of:
 def _cap_tensor(cap: float | Tensor | None, logits: Tensor) -> Tensor | None:
     if cap is None or isinstance(cap, Tensor):
         return cap
-    cap = _number(cap, "cap")
+    cap = checked_number(cap, "cap")
     if not cap >= 0:
         raise ValueError(f"cap must not be negative, got {cap}.")
     return torch.full(logits.shape[:-1], cap, dtype=loss_dtype(logits.dtype), device=logits.device)
@@ -304,7 +230,7 @@ def _checked_num_items(num_items: int | Tensor, weight: Tensor) -> Tensor:
         if num_items.numel() != 1:
             raise ValueError(f"num_items must have one element, got shape {list(num_items.shape)}.")
         return num_items.detach().reshape(()).to(weight)
-    count = _number(num_items, "num_items")
+    count = checked_number(num_items, "num_items")
     if not 0.0 <= count < math.inf:
         raise ValueError(f"num_items must be finite and not negative, got {num_items}.")
     return torch.full((), count, dtype=weight.dtype, device=weight.device)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .containers import LinearHead, TeacherHead
-from .functional import _cap_tensor, _checked_options, _row_weight, _rows_of
+from .functional import _cap_tensor, _row_weight, _rows_of
 from .linear_checks import check_devices, checked_chunk, checked_rows, checked_sides
 from .ops.divergence import DivergenceOptions, loss_dtype
 from .ops.linear_chunks import LinearDivergenceCall
 from .ops.linear_divergence import linear_divergence
+from .options import checked_options
 
 # Of cross-entropy alone, where no divergence is formed.
 _NO_DIVERGENCE = DivergenceOptions("total_variation", 0.0, 0.0, 1.0, 1.0, -100, False)
@@ -92,7 +93,7 @@ def linear_distillation_loss(
         >>> linear_distillation_loss(hidden, weight, teacher, divergence="skew_kl", alpha=0.1).backward()
     """
     student = LinearHead(student_hidden, student_weight, student_bias, logit_softcap, logit_scale)
-    options = _checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
+    options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
     loss, _ = _linear_loss(
         student, teacher, options, labels, weight=weight, alpha=alpha, cap=cap, rows=rows, reduction=reduction,
         num_items=num_items, vocab_size=vocab_size, chunk_rows=chunk_rows,
@@ -119,7 +120,7 @@ def linear_distillation_parts(
 
     The cross-entropy costs one more look at the logits of each chunk; without ``need_ce`` it is 0.
     """
-    options = _checked_options(divergence, alpha, beta, temperature, ce_weight, -100, False)
+    options = checked_options(divergence, alpha, beta, temperature, ce_weight, -100, False)
     return _linear_loss(
         student, teacher, options, labels, reduction=reduction, num_items=num_items, vocab_size=vocab_size,
         need_ce=need_ce,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .functional import DEFAULT_ALPHA, DEFAULT_BETA
+from .options import DEFAULT_ALPHA, DEFAULT_BETA
 
 
 def _x_log_ratio(x: Tensor, log_x: Tensor, log_y: Tensor) -> Tensor:

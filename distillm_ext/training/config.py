@@ -9,8 +9,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from distillm_ext.functional import DEFAULT_ALPHA, DEFAULT_BETA, DIVERGENCES
 from distillm_ext.generation.sampling import SamplingParams
+from distillm_ext.options import DEFAULT_ALPHA, DEFAULT_BETA, DIVERGENCES
 from distillm_ext.training.policies import POLICIES
 from distillm_ext.training.schedule import REPLAY_RATIOS, SCHEDULES
 from distillm_ext.training.teacher import TEACHER_DTYPES
