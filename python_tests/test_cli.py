@@ -264,6 +264,21 @@ def test_stopped_run_resumes_to_the_same_weights(world, tmp_path, sent):
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
+def test_interrupt_saves_the_step_it_finishes(config, tmp_path, monkeypatch):
+    from distillm_ext.training.progress import ProgressBar
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(ProgressBar, "on_step_end", interrupt)
+    output = run("train", config, "training.save_steps=100", code=130)
+    assert "stopped. Go on with" in output
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_start_anew_moves_earlier_checkpoints_aside(config, tmp_path):
     run("train", config, "training.max_steps=2")
     output = run("train", config, "training.max_steps=2", "--no-resume")

@@ -198,8 +198,12 @@ def test_no_row_left_is_an_error(bpe):
 
 def test_the_first_token_is_never_a_target():
     tokenizer = make_bpe(MARKED, eos_token="<|im_end|>")
-    for length in range(1, 12):
-        assert prepare([{"messages": TALK}], tokenizer, max_prompt_length=length)[0]["loss_mask"][0] == 0
+    whole = prepare([{"messages": TALK}], tokenizer)[0]
+    first = whole["loss_mask"].index(1)
+    # Cut so that the row begins in the middle of the first assistant turn.
+    cut = prepare([{"messages": TALK}], tokenizer, max_prompt_length=whole["prompt_length"] - first)[0]
+    assert cut["input_ids"][0] == whole["input_ids"][first]
+    assert cut["loss_mask"] == [0, *whole["loss_mask"][first + 1 :]]
 
 
 @pytest.mark.parametrize("name", ["max_prompt_length", "max_length"])

@@ -251,6 +251,21 @@ def test_gguf_loads_dense_trainable_and_saveable(tmp_path, tokens):
         assert torch.equal(loaded(tokens).logits, student.eval()(tokens).logits)
 
 
+def test_gguf_blocks_are_unpacked(tmp_path, monkeypatch):
+    """Where a kernel for the blocks exists, they would stay packed: such a model neither trains nor saves."""
+    seen = {}
+
+    def spy(name, **options):
+        seen.update(options, name=name)
+        return make("llama-tied")
+
+    (tmp_path / "a.gguf").write_bytes(b"")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+    load_teacher(tmp_path / "a.gguf")
+    assert seen["name"] == str(tmp_path) and seen["gguf_file"] == "a.gguf"
+    assert seen["quantization_config"].dequantize is True
+
+
 def test_missing_gguf_file_names_those_that_are_there(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"")
     (tmp_path / "b.gguf").write_bytes(b"")

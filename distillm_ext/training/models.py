@@ -249,7 +249,7 @@ def cut_student(
         ) from error
     student.tie_weights()
     student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student.requires_grad_(True).train()
+    return student
 
 
 def _check_layers(layers: Sequence[int], count: int) -> list[int]:
