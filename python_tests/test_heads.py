@@ -51,7 +51,7 @@ def full_logits(model, batch):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_and_gradients_equal_the_models_own(name):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **ARCHITECTURES[name])).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **ARCHITECTURES[name])).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8)  # away from uniform logits, so that a softcap or a scale shows
@@ -100,7 +100,7 @@ def test_several_batches_share_one_call(splits):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_fused_rows_are_the_heads_own(name):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **ARCHITECTURES[name])).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **ARCHITECTURES[name])).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8)
