@@ -69,7 +69,7 @@ def test_logits_and_gradients_equal_the_models_own(name):
     for key, parameter in model.named_parameters():
         if key in gradients:
             torch.testing.assert_close(
-                parameter.grad, gradients[key], rtol=1e-4, atol=1e-4 * gradients[key].abs().max()
+                parameter.grad, gradients[key], rtol=1e-9, atol=1e-9 * gradients[key].abs().max()
             )
 
 
