@@ -164,19 +164,17 @@ def _linear_loss(
     if rows is not None:
         flat_weight = _only(checked_rows(rows), flat_weight, like)
     teacher_rows, teacher_weight, teacher_bias, teacher_softcap, teacher_scale = _teacher_arguments(teacher)
-    need_hidden, need_weight, need_bias = (_needs(x) for x in (student.hidden, student.weight, student.bias))
-    loss, ce = linear_divergence(
-        LinearDivergenceCall(
-            student.hidden.reshape(-1, student.hidden.shape[-1]), student.weight, student.bias,
-            teacher_rows, teacher_weight, teacher_bias, flat_labels,
-            _row_weight(flat_weight, flat_labels, shape, like, reduction, num_items, options.ignore_index),
-            flat(alpha if isinstance(alpha, Tensor) else None, "alpha"), flat(_cap_tensor(cap, like), "cap"), rows,
-            float(student.scale), float(student.softcap or 0.0), teacher_scale, teacher_softcap, options.divergence,
-            options.alpha, options.beta, options.temperature, options.ce_weight, options.ignore_index,
-            options.detach_mixture, dtype, checked_chunk(chunk_rows), vocab_size or 0, reduction == "none",
-            need_ce, need_hidden, need_weight, need_bias,
-        )
+    call = LinearDivergenceCall(
+        student.hidden.reshape(-1, student.hidden.shape[-1]), student.weight, student.bias,
+        teacher_rows, teacher_weight, teacher_bias, flat_labels,
+        _row_weight(flat_weight, flat_labels, shape, like, reduction, num_items, options.ignore_index),
+        flat(alpha if isinstance(alpha, Tensor) else None, "alpha"), flat(_cap_tensor(cap, like), "cap"), rows,
+        float(student.scale), float(student.softcap or 0.0), teacher_scale, teacher_softcap, options.divergence,
+        options.alpha, options.beta, options.temperature, options.ce_weight, options.ignore_index,
+        options.detach_mixture, dtype, checked_chunk(chunk_rows), vocab_size or 0, reduction == "none", need_ce,
+        _needs(student.hidden), _needs(student.weight), _needs(student.bias),
     )  # fmt: skip
+    loss, ce = linear_divergence(call)
     return (loss.reshape(shape), ce.reshape(shape)) if reduction == "none" else (loss, ce)
 
 

@@ -257,8 +257,18 @@ def test_rows_index(reduction):
         found = value_and_gradients(case.ours(reduction=reduction, rows=rows, chunk_rows=size), case, upstream)
         torch.testing.assert_close(found, expected)
     unlabelled = replace(case, labels=None)
-    weight = torch.zeros(10, dtype=torch.float64).index_fill(0, rows, 1.0).view(2, 5)
-    torch.testing.assert_close(unlabelled.ours(rows=rows), unlabelled.expected(weight=weight))
+    listed = torch.zeros(10, dtype=torch.float64).index_fill(0, rows, 1.0).view(2, 5)
+    torch.testing.assert_close(unlabelled.ours(rows=rows), unlabelled.expected(weight=listed))
+    weight = torch.rand(2, 5, dtype=torch.float64) + 0.5
+    torch.testing.assert_close(unlabelled.ours(rows=rows, weight=weight), unlabelled.expected(weight=listed * weight))
+
+
+def test_listed_rows_that_are_ignored_may_hold_nan():
+    case, rows = make_case(), torch.tensor([0, 1, 3, 4])
+    clean = value_and_gradients(case.ours(rows=rows), case)
+    with torch.no_grad():
+        case.hidden[[0, 2, 3]] = torch.nan  # ignored, not listed, ignored
+    torch.testing.assert_close(value_and_gradients(case.ours(rows=rows), case), clean)
 
 
 def test_device_path_without_compaction(monkeypatch):
@@ -268,7 +278,6 @@ def test_device_path_without_compaction(monkeypatch):
     with torch.no_grad():
         case.hidden[case.labels == -100] = torch.nan
     whole = linear_chunks.linear_divergence_cuda
-    monkeypatch.setattr(linear_chunks, "_without_autocast", lambda device: torch.autocast("cpu", enabled=False))
     captured = []
     monkeypatch.setattr("distillm_ext.linear.linear_divergence", lambda call: captured.append(call) or (None, None))
     case.ours(chunk_rows=2)
@@ -501,6 +510,16 @@ def test_autocast(bias):
     assert (found[1][1] - exact[1][1]).abs().max() > 0  # the products were bfloat16's
     # The weight gradient itself is not rounded to bfloat16.
     assert not torch.equal(found[1][1], found[1][1].bfloat16().float())
+
+
+def test_teacher_is_not_autocast():
+    case = make_case()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        from_head, from_logits = case.ours(), replace(case, teacher=logits_of(case.teacher).float()).ours()
+        with torch.autocast("cpu", enabled=False):
+            exact = logits_of(case.teacher)
+        torch.testing.assert_close(from_head, replace(case, teacher=exact).ours(), rtol=1e-6, atol=0)
+    assert abs(from_head - from_logits) > 1e-5  # bfloat16 logits would show
 
 
 def test_float64_is_left_alone_by_autocast():

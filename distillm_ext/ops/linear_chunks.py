@@ -65,7 +65,8 @@ class LinearDivergenceCall(NamedTuple):
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, out: Tensor) -> Tensor:
     """Logits of one chunk, into `out`: softcap tanh(scale (h W^T + b) / softcap), without a softcap scale (h W^T + b).
 
-    The factor rides on the product, so that only a softcap passes over the logits again.
+    The factor rides on the product, so that only a softcap passes over the logits again. Autocast leaves products alone
+    that are written in place or to `out`: the dtypes are the caller's.
     """
     factor = scale / softcap if softcap else scale
     if bias is None:
@@ -277,11 +278,6 @@ def _run(original: LinearDivergenceCall, rows: Tensor | None, accumulate: Accumu
     return loss, ce, *gradients.result(rows)
 
 
-def _without_autocast(device: str) -> Any:
-    """The operator casts by its own argument; autocast, seen by the products within, would undo that."""
-    return torch.autocast(device, enabled=False)
-
-
 def linear_divergence_cpu(*arguments: Any) -> tuple[Tensor, ...]:
     call = LinearDivergenceCall(*arguments)
     rows, counted = call.rows, _counted(call)
@@ -289,8 +285,7 @@ def linear_divergence_cpu(*arguments: Any) -> tuple[Tensor, ...]:
         # Rows that do not count never meet a head. On the host this costs a look at R flags.
         rows = counted.nonzero().squeeze(1) if rows is None else rows[counted[rows]]
         rows = None if len(rows) == len(counted) and call.rows is None else rows
-    with _without_autocast("cpu"):
-        return _run(call, rows, _accumulate_cpu)
+    return _run(call, rows, _accumulate_cpu)
 
 
 def linear_divergence_cuda(*arguments: Any) -> tuple[Tensor, ...]:
@@ -299,5 +294,4 @@ def linear_divergence_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     if counted is not None:
         # Their number is not known on the host, so they stay; a NaN in one must not meet its zero gradient.
         call = call._replace(hidden=call.hidden.masked_fill(~counted.unsqueeze(-1), 0))
-    with _without_autocast("cuda"):
-        return _run(call, call.rows, _accumulate_cuda)
+    return _run(call, call.rows, _accumulate_cuda)
