@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .containers import TeacherHead
+    from .containers import CompressedLogits, TeacherHead
     from .functional import (
         DIVERGENCES,
         alpha_beta_loss,
@@ -42,7 +42,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _HOME = {
-    "containers": ("TeacherHead",),
+    "containers": ("CompressedLogits", "TeacherHead"),
     "linear": ("linear_distillation_loss",),
     "functional": (
         "DIVERGENCES",
@@ -72,6 +72,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AlphaBetaLoss",
+    "CompressedLogits",
     "DIVERGENCES",
     "DistillationLoss",
     "ForwardKLLoss",

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .containers_compressed import CompressedLogits
+
+__all__ = ["CompressedLogits", "LinearHead", "TeacherHead"]
+
 
 @dataclass(frozen=True, eq=False)
 class LinearHead:
