@@ -17,6 +17,11 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "str divergence, float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool "
       "detach_mixture, "
       "bool need_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def(
+      "sparse_divergence(Tensor student, Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor? "
+      "counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str tail, float alpha, "
+      "float beta, float temperature, float ce_weight, int teacher_vocab, int ignore_index, bool detach_mixture, "
+      "bool need_gradient) -> (Tensor loss, Tensor gradient)");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");
   m.def("cpu_instruction_set() -> str");
   m.def("torch_version_built() -> str");
