@@ -10,18 +10,21 @@ import math
 import torch
 from torch import Tensor
 
+from .containers import CompressedLogits
 from .ops.divergence import DivergenceOptions, loss_dtype
 from .ops.divergence import divergence as divergence_op
 from .ops.extension import require_backend
+from .ops.sparse_divergence import sparse_divergence as sparse_divergence_op
 from .options import DIVERGENCES as DIVERGENCES
 from .options import checked_number, checked_options
+from .sparse import check_tail, compressed_rows
 
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def distillation_loss(
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | CompressedLogits,
     labels: Tensor | None = None,
     *,
     divergence: str = "skew_kl",
@@ -34,6 +37,7 @@ def distillation_loss(
     reduction: str = "mean",
     ce_weight: float = 0.0,
     detach_mixture: bool = False,
+    tail: str = "bucket",
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
@@ -65,7 +69,8 @@ def distillation_loss(
         student_logits: [..., V], float32, bfloat16 or float16 (float64 on the CPU); other strides than 1 along V, and
             positions that do not flatten to equally spaced rows, cost a copy.
         teacher: teacher logits [..., Vt] of the same positions and device; the dtype may differ. Entries that only one
-            side has count as probability 0 on the other.
+            side has count as probability 0 on the other. Or `CompressedLogits` of the same positions, of which
+            ``tail`` says how the entries count that were not kept.
         labels: [...], integer. Positions equal to ``ignore_index`` are not read and contribute exactly 0, NaN or not.
         divergence: a name of the table.
         alpha: skew_kl, skew_reverse_kl: weight of the first argument of KL in the mixture, in [0, 1], None: 0.1; 0
@@ -79,6 +84,12 @@ def distillation_loss(
         reduction: "mean" (sum / total weight of valid positions, or / ``num_items``), "sum", or "none" ([...]).
         ce_weight: adds ``ce_weight`` times the cross-entropy with ``labels`` at T = 1, same weights and normaliser.
         detach_mixture: hold the mixture of skew_reverse_kl constant in the gradient (as DistiLLM-2's code does).
+        tail: of a compressed teacher: "bucket" joins all entries that were not kept to one, on both sides, which gives
+            the exact divergence of the coarsened distributions; "truncate" takes the teacher's probability there as 0
+            (and leaves those entries out of reverse_kl, which would be infinite); "renormalize" looks at the kept
+            entries alone; "sampled" is the unbiased estimate from draws (method "sample", at T = 1: forward_kl,
+            skew_kl, skew_reverse_kl, total_variation). Divergences from a compressed teacher: those four, reverse_kl
+            and generalized_js, at a captured temperature.
         num_items: divisor of "mean", an int or a tensor: the token count of the whole accumulated, distributed batch.
         vocab_size: use only the first ``vocab_size`` entries of both sides.
 
@@ -97,22 +108,32 @@ def distillation_loss(
         >>> loss = distillation_loss(student_logits, teacher_logits, labels, divergence="skew_kl", alpha=0.1)
         >>> loss.backward()
     """
-    _check_logits(student_logits, teacher)
+    compressed = isinstance(teacher, CompressedLogits)
+    _check_logits(student_logits, student_logits if compressed else teacher)
+    check_tail(tail)
     shape = student_logits.shape[:-1]
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
     if ce_weight != 0 and labels is None:
         raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
-    if vocab_size is not None:
-        student_logits, teacher = _cut(student_logits, teacher, vocab_size)
-    _check_vocabularies(options, student_logits.shape[-1], teacher.shape[-1])
+    if compressed:
+        teacher_rows = compressed_rows(
+            teacher, options, tail, shape, student_logits.shape[-1], vocab_size, student_logits.dtype,
+            student_logits.device,
+        )  # fmt: skip
+        student_logits = student_logits[..., :vocab_size]
+    else:
+        if vocab_size is not None:
+            student_logits, teacher = _cut(student_logits, teacher, vocab_size)
+        _check_vocabularies(options, student_logits.shape[-1], teacher.shape[-1])
+        teacher_rows = teacher.detach().reshape(-1, teacher.shape[-1])
     dtype = loss_dtype(student_logits.dtype)
     rows = _rows_of(student_logits, dtype)
     flat_labels = rows(labels, "labels", integer=True)
     flat_weight = rows(weight, "weight")
     row_weight = _row_weight(flat_weight, flat_labels, shape, student_logits, reduction, num_items, ignore_index)
-    loss = divergence_op(
+    loss = (sparse_divergence_op if compressed else divergence_op)(
         student_logits.reshape(-1, student_logits.shape[-1]),
-        teacher.detach().reshape(-1, teacher.shape[-1]),
+        teacher_rows,
         flat_labels,
         row_weight,
         rows(alpha if isinstance(alpha, Tensor) else None, "alpha"),
