@@ -23,6 +23,13 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "float beta, float temperature, float ce_weight, int teacher_vocab, int ignore_index, bool detach_mixture, "
       "bool need_gradient) -> (Tensor loss, Tensor gradient)");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");
+  m.def(
+      "pack_logits(Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor? label_logprob, Tensor "
+      "valid, Tensor? counts, int vocab_size, float[] temperatures, str codec) -> Tensor");
+  m.def(
+      "unpack_logits(Tensor packed, str codec, int k, int vocab_size, float[] temperatures, bool has_labels, bool "
+      "has_counts) -> (Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor label_logprob, Tensor "
+      "valid, Tensor counts)");
   m.def("cpu_instruction_set() -> str");
   m.def("torch_version_built() -> str");
 }
