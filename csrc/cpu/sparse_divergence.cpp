@@ -20,15 +20,17 @@ SparseDivergenceRows kernel_for(const std::string& name, Tail tail, bool float64
   return sparse_divergence_rows_generic(name.c_str(), tail, float64);
 }
 
-std::tuple<Tensor, Tensor> sparse_divergence(
-    const Tensor& student, const Tensor& ids, const Tensor& logprobs, const Tensor& log_norm,
-    const Tensor& tail_logprob, const std::optional<Tensor>& counts, const std::optional<Tensor>& labels,
-    const std::optional<Tensor>& weight, const std::optional<Tensor>& alpha_rows, const std::optional<Tensor>& cap,
-    std::string name, std::string tail, double alpha, double beta, double temperature, double ce_weight,
-    int64_t teacher_vocab, int64_t ignore_index, bool detach_mixture, bool need_gradient) {
+std::tuple<Tensor, Tensor> sparse_divergence(const Tensor& student, const Tensor& ids, const Tensor& logprobs,
+                                             const Tensor& log_norm, const Tensor& tail_logprob,
+                                             const std::optional<Tensor>& counts, const std::optional<Tensor>& labels,
+                                             const std::optional<Tensor>& weight,
+                                             const std::optional<Tensor>& alpha_rows, const std::optional<Tensor>& cap,
+                                             std::string name, std::string tail, double alpha, double beta,
+                                             double temperature, double ce_weight, int64_t teacher_vocab,
+                                             int64_t ignore_index, bool detach_mixture, bool need_gradient) {
   const SparseDivergenceTensors t = prepare_sparse_divergence(
       student, {ids, logprobs, log_norm, tail_logprob, counts, teacher_vocab}, labels, weight, alpha_rows, cap, tail,
-      {name, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, need_gradient});
+      {name, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, 0}, need_gradient);
   const SparseDivergenceRows rows = kernel_for(name, t.call.tail, student.scalar_type() == ScalarType::Double);
   STD_TORCH_CHECK(rows, "divergence '", name, "' with tail '", tail, "' has no CPU kernel");
   const DivergenceCall& dense = t.call.dense;

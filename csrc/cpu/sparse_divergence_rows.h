@@ -139,10 +139,9 @@ void write_kept(const KeptEntries<Real>& kept, const Softmax<Real>& q, const Cro
 }
 
 template <class Real>
-void write_sparse_gradient(const SparseDivergenceCall& call, const RowInputs<Real>& in,
+void write_sparse_gradient(const SparseDivergenceCall& call, const RowTask<Real>& in,
                            const SparseScratch<Real>& scratch, const SplitSoftmax<Real>& student,
-                           const SparseSums<Real>& sums, const CrossEntropy<Real>& ce, bool constant,
-                           const OutputRow<Real>& output) {
+                           const SparseSums<Real>& sums, const CrossEntropy<Real>& ce, bool constant) {
   const double g_scale = constant ? 0 : in.weight / call.dense.options.temperature, ce_scale = in.weight * ce.weight;
   const double r = std::exp2(student.log2_tail()), sum_g = sums.g_kept + sums.g_bucket;
   // An entry off S has the share s_v of what the bucket has; over S alone there is no bucket.
@@ -150,15 +149,15 @@ void write_sparse_gradient(const SparseDivergenceCall& call, const RowInputs<Rea
   if (!constant && call.tail != Tail::kRenormalize) bucket = g_scale * (sums.g_bucket - r * sum_g);
   if (!ce.own_softmax) bucket += ce_scale * r;
   TailPass<Real>{in.student, scratch.tail, student.off, ce, static_cast<Real>(bucket), static_cast<Real>(ce_scale)}
-      .write(output);
+      .write(*in.output);
   write_kept(scratch.kept, sums.q, ce, static_cast<Real>(g_scale), static_cast<Real>(sum_g),
-             static_cast<Real>(ce_scale), in.student.vocab, output);
+             static_cast<Real>(ce_scale), in.student.vocab, *in.output);
 }
 
 // One row that is not left out: returns its loss and writes its gradient when `output` is there.
 template <class Real, class Kept>
-Real sparse_divergence_row(const SparseDivergenceCall& call, int64_t index, const RowInputs<Real>& in,
-                           const OutputRow<Real>* output) {
+Real sparse_divergence_row(const SparseDivergenceCall& call, const RowTask<Real>& in) {
+  const int64_t index = in.index;
   const Real scale = static_cast<Real>(kLog2E / call.dense.options.temperature);
   SparseScratch<Real> scratch = SparseScratch<Real>::of(call);
   collect_kept(call, index, in.student, scratch.kept);
@@ -170,11 +169,11 @@ Real sparse_divergence_row(const SparseDivergenceCall& call, int64_t index, cons
   const bool capped = divergence > in.cap, constant = capped || divergence == std::numeric_limits<Real>::infinity();
   Real loss = in.weight * ((capped ? in.cap : divergence) + ce.weight * cross_entropy_value(ce, in.student));
   if (!sums.usable || in.cap != in.cap) loss = std::numeric_limits<Real>::quiet_NaN();
-  if (!output) return loss;
+  if (!in.output) return loss;
   if (loss != loss || (constant && ce.weight == 0)) {
-    fill_row(*output, in.student.vocab, loss != loss ? loss : Real(0));
+    fill_row(*in.output, 0, in.student.vocab, loss != loss ? loss : Real(0));
   } else {
-    write_sparse_gradient(call, in, scratch, student, sums, ce, constant, *output);
+    write_sparse_gradient(call, in, scratch, student, sums, ce, constant);
   }
   return loss;
 }
@@ -183,35 +182,32 @@ template <class Real, class Kept, class KeptAtZero>
 void sparse_divergence_rows(const SparseDivergenceCall& call, int64_t begin, int64_t end) {
   const DivergenceCall& dense = call.dense;
   Real* loss = static_cast<Real*>(dense.loss);
-  const int64_t row_bytes = dense.student_vocab * bytes_of(dense.student_type);
   for (int64_t row = begin; row < end; ++row) {
-    const OutputRow<Real> target{static_cast<char*>(dense.gradient) + row * row_bytes, dense.student_type};
-    const OutputRow<Real>* output = dense.gradient ? &target : nullptr;
-    const RowInputs<Real> in = row_inputs<Real>(dense, row);
-    if (in.weight == 0 || (dense.labels && dense.labels[row] == dense.options.ignore_index)) {
-      loss[row] = 0;
-      if (output) fill_row(*output, dense.student_vocab, Real(0));
-    } else {
-      const auto one_row =
-          in.parameters.alpha == 0 ? sparse_divergence_row<Real, KeptAtZero> : sparse_divergence_row<Real, Kept>;
-      loss[row] = one_row(call, row, in, output);
-    }
+    char* gradient = static_cast<char*>(dense.gradient);
+    if (gradient) gradient += dense.gradient_rows.offset(row) * bytes_of(dense.student_type);
+    const OutputRow<Real> output{gradient, dense.student_type};
+    const RowTask<Real> task = row_task<Real>(dense, row, gradient ? &output : nullptr);
+    const bool left_out = task.weight == 0 || (dense.labels && dense.labels[row] == dense.options.ignore_index);
+    if (left_out) leave_out(task);
+    const auto one_row =
+        task.parameters.alpha == 0 ? sparse_divergence_row<Real, KeptAtZero> : sparse_divergence_row<Real, Kept>;
+    loss[row] = left_out ? Real(0) : one_row(call, task);
   }
 }
 
 // The kernel for a divergence's public name and a tail, or null.
 inline SparseDivergenceRows find_sparse_divergence_rows(const char* name, Tail tail, bool float64) {
-#define DISTILLM_MATCH(public_name, D, Z)                                                       \
-  if (tail != Tail::kSampled && !strcmp(name, public_name)) {                                   \
-    return float64 ? sparse_divergence_rows<double, Exact<D, double>, Exact<Z, double>>         \
-                   : sparse_divergence_rows<float, Exact<D, float>, Exact<Z, float>>;           \
+#define DISTILLM_MATCH(public_name, D, Z)                                               \
+  if (tail != Tail::kSampled && !strcmp(name, public_name)) {                           \
+    return float64 ? sparse_divergence_rows<double, Exact<D, double>, Exact<Z, double>> \
+                   : sparse_divergence_rows<float, Exact<D, float>, Exact<Z, float>>;   \
   }
   DISTILLM_FOR_EACH_SPARSE_DIVERGENCE(DISTILLM_MATCH)
 #undef DISTILLM_MATCH
-#define DISTILLM_MATCH(public_name, D, Z)                                \
-  if (tail == Tail::kSampled && !strcmp(name, public_name)) {            \
+#define DISTILLM_MATCH(public_name, D, Z)                                 \
+  if (tail == Tail::kSampled && !strcmp(name, public_name)) {             \
     return float64 ? sparse_divergence_rows<double, D<double>, Z<double>> \
-                   : sparse_divergence_rows<float, D<float>, Z<float>>;  \
+                   : sparse_divergence_rows<float, D<float>, Z<float>>;   \
   }
   DISTILLM_FOR_EACH_SAMPLED_DIVERGENCE(DISTILLM_MATCH)
 #undef DISTILLM_MATCH

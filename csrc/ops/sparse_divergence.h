@@ -64,8 +64,8 @@ inline Tensor checked_kept(const Tensor& x, const char* name, int64_t rows, int6
 inline void check_sparse_arguments(const Tensor& student, const CompressedTeacher& teacher,
                                    const DivergenceOptions& options, Tail tail, bool labels) {
   check_logits(student, "student");
-  STD_TORCH_CHECK(teacher.ids.dim() == 2 && teacher.ids.size(0) == student.size(0),
-                  "ids must have shape [rows, kept entries] with as many rows as student (", student.size(0), ")");
+  STD_TORCH_CHECK(teacher.ids.dim() == 2 && teacher.ids.size(0) == rows_of(student),
+                  "ids must have shape [rows, kept entries] with as many rows as student (", rows_of(student), ")");
   STD_TORCH_CHECK(teacher.vocab > 0 && teacher.vocab <= INT32_MAX, "teacher_vocab must lie in 1..", INT32_MAX, ", got ",
                   teacher.vocab);
   STD_TORCH_CHECK(options.temperature > 0, "temperature must be positive, got ", options.temperature);
@@ -76,20 +76,24 @@ inline void check_sparse_arguments(const Tensor& student, const CompressedTeache
 }
 
 inline SparseDivergenceCall raw_view(const SparseDivergenceTensors& t, int64_t teacher_vocab, Tail tail,
-                                     DivergenceOptions options) {
+                                     DivergenceOptions options, bool need_gradient) {
   DivergenceCall dense{};
   dense.student = t.student.data_ptr();
   dense.student_type = t.student.scalar_type();
-  dense.rows = t.student.size(0);
-  dense.student_vocab = t.student.size(1);
+  dense.rows = rows_of(t.student);
+  dense.student_vocab = vocab_of(t.student);
   dense.teacher_vocab = teacher_vocab;
-  dense.student_stride = t.student.stride(0);
+  dense.student_rows = layout_of(t.student);
   dense.labels = static_cast<const int64_t*>(data_or_null(t.labels));
   dense.weight = data_or_null(t.weight);
   dense.alpha = data_or_null(t.alpha);
   dense.cap = data_or_null(t.cap);
   dense.loss = t.loss.data_ptr();
-  dense.gradient = options.need_gradient ? t.gradient.data_ptr() : nullptr;
+  if (need_gradient) {
+    dense.gradient = t.gradient.data_ptr();
+    dense.gradient_rows = layout_of(t.gradient);
+  }
+  dense.gradient_vocab = dense.student_vocab;
   dense.options = std::move(options);
   return {std::move(dense),
           static_cast<const int32_t*>(t.ids.data_ptr()),
@@ -107,10 +111,10 @@ inline SparseDivergenceTensors prepare_sparse_divergence(const Tensor& student, 
                                                          const std::optional<Tensor>& weight,
                                                          const std::optional<Tensor>& alpha,
                                                          const std::optional<Tensor>& cap, const std::string& tail_name,
-                                                         DivergenceOptions options) {
+                                                         DivergenceOptions options, bool need_gradient) {
   const Tail tail = tail_of(tail_name);
   check_sparse_arguments(student, teacher, options, tail, labels.has_value());
-  const int64_t rows = student.size(0), kept = teacher.ids.size(1);
+  const int64_t rows = rows_of(student), kept = teacher.ids.size(1);
   const ScalarType type = loss_type(student.scalar_type());
   SparseDivergenceTensors t;
   t.student = with_unit_column_stride(student);
@@ -124,9 +128,8 @@ inline SparseDivergenceTensors prepare_sparse_divergence(const Tensor& student, 
   t.alpha = checked_rows(alpha, "alpha", rows, type, student);
   t.cap = checked_rows(cap, "cap", rows, type, student);
   t.loss = torch::stable::new_empty(student, {rows}, type);
-  t.gradient = options.need_gradient ? torch::stable::new_empty(student, {rows, student.size(1)})
-                                     : torch::stable::new_empty(student, {0});
-  t.call = raw_view(t, teacher.vocab, tail, std::move(options));
+  t.gradient = new_gradient(student, need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere);
+  t.call = raw_view(t, teacher.vocab, tail, std::move(options), need_gradient);
   return t;
 }
 

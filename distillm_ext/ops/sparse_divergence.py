@@ -32,14 +32,12 @@ def sparse_divergence(
     cap: Tensor | None,
     options: DivergenceOptions,
 ) -> Tensor:
-    """Per-row losses [R] of student [R, V] against a compressed teacher, differentiable in `student`.
+    """Per-row losses [R] of student [R, V] or [B, S, V] against a compressed teacher, differentiable in `student`.
 
     Rows, masks and gradients as in `ops.divergence.divergence`.
     """
     need_gradient = torch.is_grad_enabled() and student.requires_grad
-    loss, _ = sparse_divergence_with_gradient(
-        student, teacher, labels, weight, alpha_rows, cap, options, need_gradient
-    )
+    loss, _ = sparse_divergence_with_gradient(student, teacher, labels, weight, alpha_rows, cap, options, need_gradient)
     return loss
 
 
@@ -53,7 +51,7 @@ def sparse_divergence_with_gradient(
     options: DivergenceOptions,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [R] and the gradient [R, V] of their sum, [0] when it is not needed."""
+    """Losses [R] and the gradient, shaped like the student, of their sum, [0] when it is not needed."""
     return torch.ops.distillm_ext.sparse_divergence(
         student,
         teacher.ids,
@@ -81,7 +79,7 @@ def sparse_divergence_with_gradient(
 @torch.library.register_fake("distillm_ext::sparse_divergence")
 def _sparse_divergence_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     need_gradient = arguments[-1]
-    loss = student.new_empty((student.shape[0],), dtype=loss_dtype(student.dtype))
+    loss = student.new_empty((student.shape[:-1].numel(),), dtype=loss_dtype(student.dtype))
     return loss, student.new_empty(student.shape if need_gradient else (0,))
 
 
