@@ -168,7 +168,7 @@ struct InterpolatedMember {
     RowSoftmaxes<Real> softmaxes =
         task.metrics() ? row_softmaxes(task)
                        : RowSoftmaxes<Real>{exponentials_of(task.student, task.vocab, task.scale(), task.q), {}};
-    const BlendedRow<Real> blended(task.student, task.teacher, task.parameters.alpha);
+    const BlendedRow<Real> blended(task.student, softmaxes.q.maximum, task.teacher, task.parameters.alpha);
     softmaxes.p = exponentials_of(blended, task.vocab, task.scale(), task.p);
     return finish_row(task, blended, softmaxes, ForwardKl<Real>(task.parameters),
                       in_unit_interval(task.parameters.alpha));
