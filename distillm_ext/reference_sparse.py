@@ -49,12 +49,13 @@ def _sampled(name: str, log_p: Tensor, log_q: Tensor, share: Tensor, alpha: Tens
         return (share * (1 - q / p).clamp(min=0)).sum(-1)
     if name != "skew_reverse_kl":
         raise ValueError(f"divergence '{name}' has no sampled form.")
-    if not detach_mixture:
-        x = (1 - alpha) * p / (alpha * q)
-        return -alpha.log().squeeze(-1) - (share * torch.where(q > 0, q / p * torch.log1p(x), 0.0)).sum(-1)
-    # q log(q/m) with m constant: its gradient q (log(q/m) + 1), the q log(q) of which autograd sees only in q.
-    x = ((1 - alpha) * p / (alpha * q)).detach()
-    return -alpha.log().squeeze(-1) - (share * q / p * torch.log1p(x)).sum(-1)
+    absent = q == 0  # adds nothing, and keeps inf - inf out of the gradient
+    q = q.masked_fill(absent, 1.0)
+    x = (1 - alpha) * p / (alpha * q)
+    if detach_mixture:
+        # q log(q/m) with m constant has the gradient q (log(q/m) + 1), of which log(1 + x) is all that counts.
+        x = x.detach()
+    return -alpha.log().squeeze(-1) - (share * (q / p * torch.log1p(x)).masked_fill(absent, 0.0)).sum(-1)
 
 
 def sparse_divergence(

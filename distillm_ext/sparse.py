@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -120,7 +118,7 @@ def _check_form(teacher: CompressedLogits, options: DivergenceOptions, tail: str
 
 def _temperature_index(teacher: CompressedLogits, temperature: float) -> int:
     for index, captured in enumerate(teacher.temperatures):
-        if math.isclose(captured, temperature, rel_tol=1e-6):
+        if abs(captured - temperature) <= 1e-6 * captured:
             return index
     captured = ", ".join(str(t) for t in teacher.temperatures)
     raise ValueError(

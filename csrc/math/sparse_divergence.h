@@ -25,17 +25,50 @@ inline namespace DISTILLM_ISA {
 // double. The divergence is a constant there, so that the bucket has no gradient.
 constexpr double kLog2LeastTail = -1022;
 
+// How far log-probabilities differ, relative to the probability, where both sides have the same: the teacher's are stored,
+// the student's are computed here, and both are rounded. Input: the type of the stored ones.
+template <class Input>
+constexpr double kTie = sizeof(Input) == sizeof(float) ? 0x1p-17 : 0x1p-46;
+
+// TotalVariation whose sign is 0 where p and q differ by no more than their rounding: equal distributions have no
+// gradient.
+template <class Real, class Input = Real>
+struct TiedTotalVariation {
+  DISTILLM_HD explicit TiedTotalVariation(RowParameters<Real>) {}
+  DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
+    const Real half_q = Real(0.5) * e.q, difference = e.q - e.p, least = Real(kTie<Input>) * e.p;
+    const Real g = difference > least ? half_q : difference < -least ? -half_q : Real(0);
+    return {Real(0.5) * (difference > Real(0) ? difference : -difference), g};
+  }
+};
+
+// The divergence in double, for a bucket whose t was stored as Input.
+template <template <class> class Divergence, class Input>
+struct BucketOf {
+  using Type = Divergence<double>;
+};
+
+// What DISTILLM_FOR_EACH_SPARSE_DIVERGENCE calls it.
+template <class Real>
+using KeptTotalVariation = TiedTotalVariation<Real>;
+
+template <class Input>
+struct BucketOf<KeptTotalVariation, Input> {
+  using Type = TiedTotalVariation<double, Input>;
+};
+
 // Functors of kept entries have
 //   kSampled       whether they are an importance form, which has no bucket and uses the share
 //   legal(row)     as in divergence.h
 //   constant(row)  what the row's value has beside the sum over S
 //   Term operator()(Entry, share)
-// and Exact its divergence in double, for the bucket.
+// and Exact the divergence of the bucket.
 template <template <class> class Divergence, class Real>
 struct Exact {
   static constexpr bool kSampled = false;
   static constexpr bool kInfiniteWithoutTeacher = std::is_same_v<Divergence<double>, ReverseKl<double>>;
-  using Bucket = Divergence<double>;
+  using Bucket = typename BucketOf<Divergence, Real>::Type;
   Divergence<Real> divergence;
 
   DISTILLM_HD explicit Exact(RowParameters<Real> row) : divergence(row) {}
@@ -104,9 +137,9 @@ struct SampledTotalVariation {
   DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
   DISTILLM_HD static Real constant(RowParameters<Real>) { return Real(0); }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e, Real share) const {
-    if (!(e.q < e.p)) return {Real(0), Real(0)};
     const Real ratio = e.q / e.p;
-    return {share * (Real(1) - ratio), -share * ratio};
+    if (!(ratio < Real(1))) return {Real(0), Real(0)};
+    return {share * (Real(1) - ratio), ratio < Real(1 - kTie<Real>) ? -share * ratio : Real(0)};
   }
 };
 
@@ -117,7 +150,7 @@ struct SampledTotalVariation {
   X("skew_kl", SkewKl, ForwardKl)                      \
   X("skew_reverse_kl", SkewReverseKl, ReverseKl)       \
   X("generalized_js", GeneralizedJs, GeneralizedJs)    \
-  X("total_variation", TotalVariation, TotalVariation)
+  X("total_variation", KeptTotalVariation, KeptTotalVariation)
 
 // X(name of the public API, importance form for alpha > 0, importance form at alpha = 0 where it has one)
 #define DISTILLM_FOR_EACH_SAMPLED_DIVERGENCE(X)                          \
