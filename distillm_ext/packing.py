@@ -1,8 +1,8 @@
 """`pack` and `unpack`: compressed logits as bytes and back, on the device where they are.
 
-A record has a fixed number of bytes, decided by k, the vocabulary size, the temperatures, the codec and whether there are
-labels and counts; `record_bytes` says how many. `distillm_ext._codec` makes the same bytes from NumPy arrays without
-torch.
+A record has a fixed number of bytes, decided by k, the vocabulary size, the temperatures, the codec and whether there
+are labels and counts; `record_bytes` says how many. `distillm_ext._codec` makes the same bytes from NumPy arrays
+without torch.
 
 What a codec keeps of the log-probabilities at T = 1, with r = min(largest - smallest, 32 nats) over the row:
 
@@ -16,15 +16,18 @@ fp16    16                   at most 2^-11 of the value (from -65504 on)
 exact   32                   none
 ======  ===================  ==========================================================
 
-The q codecs cut uniform steps from the row's largest value downwards: the largest has no error, and what lies more than
-32 nats below it (a factor of 1.3e-14) is stored as 32 nats below it. After decoding all but "exact" add one constant per
-row, so that kept entries and tail sum to 1 at T = 1; it is no larger than the error above (plus 5e-4 from the tail), so
-that twice the bound above holds in all. Ids are exact. `tail_logprob` and `label_logprob` are float16 (float32 in
-"exact"), where a log tail mass that would round to 0 beside kept entries becomes -2^-24. `log_norm` follows from values and
-tail, so that probabilities sum to 1 at every temperature (method "topk"), or is float16 ("sample").
+The q codecs cut uniform steps from the row's largest value downwards: the largest has no error, and what lies more
+than 32 nats below it (a factor of 1.3e-14) is stored as 32 nats below it. After decoding, all but "exact" add one
+constant per row, so that kept entries and tail sum to 1 at T = 1. It is no larger than the error above (plus 5e-4 from
+the rounding of the tail): in all, an error is at most twice the bound above, plus 5e-4. Without T = 1 among the
+temperatures there is no such tail; the largest value is then a float16 and nothing is added.
 
-Unpacked entries are sorted as `CompressedLogits` says; "exact" returns them bit by bit in the order they had. An invalid
-row stays invalid: all padding, NaN in the other fields.
+Ids are exact. `tail_logprob` and `label_logprob` are float16 (float32 in "exact"), where a log tail mass that would
+round to 0 beside kept entries becomes -2^-24. `log_norm` follows from values and tail, so that probabilities sum to 1
+at every temperature (method "topk"), or is float16 ("sample").
+
+Unpacked entries are sorted as `CompressedLogits` says; "exact" returns them bit by bit in the order they had. An
+invalid row stays invalid: all padding, NaN in the other fields.
 """
 
 from __future__ import annotations
@@ -139,8 +142,8 @@ def unpack(
     """Inverse of `pack`, up to the error of the codec.
 
     Whether there are label log-probabilities follows from the number of bytes. Any bytes of the right width are safe to
-    unpack: what cannot be an entry becomes padding, what cannot be a row an invalid one. Detecting damage is the cache's
-    task.
+    unpack: what cannot be an entry becomes padding, what cannot be a row an invalid one. Detecting damage is the task
+    of the cache.
 
     Args:
         packed: uint8 [..., bytes] on a CPU or CUDA device.
@@ -165,8 +168,9 @@ def unpack(
     ]
     if packed.dim() < 1 or packed.shape[-1] not in widths:
         raise ValueError(
-            f"packed must have shape [..., {widths[1]}] (with labels) or [..., {widths[0]}] for codec {codec!r}, k = {k}, "
-            f"vocab_size = {vocab_size}, {len(temperatures)} temperatures and method {method!r}, got {list(packed.shape)}"
+            f"packed must have shape [..., {widths[1]}] (with labels) or [..., {widths[0]}] for codec {codec!r}, "
+            f"k = {k}, vocab_size = {vocab_size}, {len(temperatures)} temperatures and method {method!r}, "
+            f"got {list(packed.shape)}"
         )
     labels, counted, shape = packed.shape[-1] == widths[1], method == "sample", packed.shape[:-1]
     rows = packed.reshape(shape.numel(), packed.shape[-1])

@@ -100,6 +100,29 @@ inline RecordLayout record_layout(const RecordShape& shape) {
   return layout;
 }
 
+// The fields of one position. Null: absent.
+template <class Id, class Real, class Flag>
+struct RecordFields {
+  Id* ids;         // [entries]
+  Real* logprobs;  // [entries]
+  Real* norm;      // [temperatures]
+  Real* tail;      // [temperatures]
+  Real* label;     // one number
+  Flag* valid;     // one flag
+  Id* counts;      // [entries]
+
+  // The fields of a position further on, where all are contiguous.
+  DISTILLM_HD RecordFields row(const RecordShape& shape, int64_t r) const {
+    const int64_t k = r * shape.entries, t = r * shape.temperatures;
+    return {ids + k,   logprobs + k,
+            norm + t,  tail + t,
+            label ? label + r : label,
+            valid + r, counts ? counts + k : counts};
+  }
+};
+using RecordInput = RecordFields<const int32_t, const float, const bool>;
+using RecordOutput = RecordFields<int32_t, float, bool>;
+
 // ---- Writing. Every function writes fields of its own, so that threads can share out the calls.
 
 // Whether an entry of a valid row is stored by the codecs that drop padding.

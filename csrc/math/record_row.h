@@ -11,29 +11,6 @@
 namespace distillm {
 inline namespace DISTILLM_ISA {
 
-// The fields of one position. Null: absent.
-template <class Id, class Real, class Flag>
-struct RecordFields {
-  Id* ids;         // [entries]
-  Real* logprobs;  // [entries]
-  Real* norm;      // [temperatures]
-  Real* tail;      // [temperatures]
-  Real* label;     // one number
-  Flag* valid;     // one flag
-  Id* counts;      // [entries]
-
-  // The fields of a position further on, where all are contiguous.
-  RecordFields row(const RecordShape& shape, int64_t r) const {
-    const int64_t k = r * shape.entries, t = r * shape.temperatures;
-    return {ids + k,   logprobs + k,
-            norm + t,  tail + t,
-            label ? label + r : label,
-            valid + r, counts ? counts + k : counts};
-  }
-};
-using RecordInput = RecordFields<const int32_t, const float, const bool>;
-using RecordOutput = RecordFields<int32_t, float, bool>;
-
 inline void load_words(const uint8_t* in, int bytes, std::vector<uint32_t>& words) {
   std::fill(words.begin(), words.end(), 0u);
   for (int i = 0; i < bytes; ++i) words[i >> 2] |= static_cast<uint32_t>(in[i]) << (8 * (i & 3));

@@ -7,7 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .. import _codec
+from distillm_ext import _codec
+
 from . import extension  # noqa: F401  (loads the libraries)
 
 Unpacked = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
