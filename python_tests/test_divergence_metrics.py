@@ -53,6 +53,16 @@ def test_masks_and_unequal_vocabularies(widths):
     assert metrics.teacher_entropy[2] == 0 and not metrics.teacher_entropy[2].signbit()
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_masks_by_the_lowest_finite_number_and_rising_logits(dtype):
+    """The first tiles are lighter than all that follow, beyond what an exponent of two can say."""
+    student, teacher = logits(2, 5000, dtype, 1), logits(2, 5000, dtype, 2)
+    student[:, :2048] = torch.finfo(dtype).min
+    teacher += torch.linspace(-300, 300, 5000).to(dtype)
+    _, metrics = distillation_loss(student, teacher, return_metrics=True)
+    check(metrics, expected_metrics(student, teacher), dtype)
+
+
 def test_gradient_is_the_same_and_shapes_follow_the_positions():
     student, teacher = logits(6, 40, torch.float32, 1).view(2, 3, 40), logits(6, 40, torch.float32, 2).view(2, 3, 40)
     gradients = []
