@@ -66,7 +66,7 @@ def token_adaptive(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def head_of(log_p: Tensor, mu: Tensor) -> Tensor:
-    """The head of adaptive_kl as booleans: cumulative mass up to mu, largest first, equal ones by id; the top always."""
+    """The head of adaptive_kl: cumulative mass up to mu, largest first, equal ones by id; the top always."""
     order = log_p.sort(stable=True, dim=-1, descending=True).indices
     inside = log_p.gather(-1, order).exp().cumsum(-1) <= mu
     inside[..., 0] = True
