@@ -15,13 +15,23 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
   m.def(
       "divergence(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, "
       "str divergence, float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool "
-      "detach_mixture, "
-      "bool need_gradient) -> (Tensor loss, Tensor gradient)");
+      "detach_mixture, int vocab_size, bool need_gradient, bool need_metrics) -> "
+      "(Tensor loss, Tensor gradient, Tensor metrics)");
+  m.def(
+      "divergence_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? "
+      "cap, "
+      "str divergence, float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool "
+      "detach_mixture, int vocab_size, bool need_metrics) -> (Tensor loss, Tensor metrics)");
   m.def(
       "sparse_divergence(Tensor student, Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor? "
       "counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str tail, float alpha, "
-      "float beta, float temperature, float ce_weight, int teacher_vocab, int ignore_index, bool detach_mixture, "
-      "bool need_gradient) -> (Tensor loss, Tensor gradient)");
+      "float beta, float temperature, float ce_weight, int ignore_index, bool detach_mixture, int vocab_size, "
+      "int teacher_vocab, bool need_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def(
+      "sparse_divergence_(Tensor(a!) student, Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, "
+      "Tensor? counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str tail, "
+      "float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool detach_mixture, "
+      "int vocab_size, int teacher_vocab) -> Tensor loss");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");
   m.def("cpu_instruction_set() -> str");
   m.def("torch_version_built() -> str");

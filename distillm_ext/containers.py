@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .containers_compressed import CompressedLogits
@@ -42,3 +43,27 @@ class TeacherHead(LinearHead):
     Example:
         >>> teacher = TeacherHead(torch.randn(2, 8, 64), torch.randn(32000, 64))
     """
+
+
+@dataclass(frozen=True, eq=False)
+class DivergenceMetrics:
+    """What `return_metrics=True` adds to a loss, from the same pass over the logits; detached.
+
+    Positions that are left out (ignored label, weight 0) read 0, those whose loss is NaN read NaN.
+
+    Attributes:
+        teacher_entropy: [...], nats, at the temperature of the loss.
+        student_entropy: [...], likewise.
+        top1_agreement: [...], 1 where both sides have their largest logit at the same entry (of equal ones the first),
+            else 0.
+    """
+
+    teacher_entropy: Tensor
+    student_entropy: Tensor
+    top1_agreement: Tensor
+
+    @staticmethod
+    def from_rows(rows: Tensor, shape: torch.Size) -> DivergenceMetrics:
+        """From the operators' [R, 3], for positions of the given shape."""
+        teacher, student, agreement = (column.reshape(shape) for column in rows.unbind(1))
+        return DivergenceMetrics(teacher, student, agreement)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import _cap_tensor, _row_weight, _rows_of
 from .containers import LinearHead, TeacherHead
-from .functional import _cap_tensor, _row_weight, _rows_of
 from .linear_checks import check_devices, checked_chunk, checked_rows, checked_sides
 from .ops.divergence import DivergenceOptions, loss_dtype
 from .ops.linear_chunks import LinearDivergenceCall

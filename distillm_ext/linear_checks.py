@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .arguments import _LOGIT_DTYPES, _check_vocab_size, _check_vocabularies
 from .containers import LinearHead
-from .functional import _LOGIT_DTYPES, _check_vocabularies
 from .ops.divergence import DivergenceOptions
 from .ops.extension import require_backend
 
@@ -43,13 +43,6 @@ def checked_sides(
     elif teacher is not None:
         _check_vocabularies(options, *vocabularies)
     return dtype
-
-
-def _check_vocab_size(vocab_size: int, narrower: int) -> None:
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}.")
-    if not 1 <= vocab_size <= narrower:
-        raise ValueError(f"vocab_size must lie in 1..{narrower}, the narrower vocabulary, got {vocab_size}.")
 
 
 def _check_head(head: LinearHead, names: Sequence[str]) -> None:

@@ -18,10 +18,21 @@ DIVERGENCES = (
     "total_variation",
     "alpha_beta",
     "token_adaptive",
+    "adaptive_kl",
+    "interpolated",
 )
-# Published defaults of the hyper-parameters; a divergence that is not listed has none of that name.
-DEFAULT_ALPHA = {"skew_kl": 0.1, "skew_reverse_kl": 0.1, "alpha_beta": 0.2}
-DEFAULT_BETA = {"symmetric_kl": 0.9, "generalized_js": 0.5, "alpha_beta": 0.7}
+# Published defaults of the hyper-parameters, None where one has to be given; a divergence that is not listed has none
+# of that name.
+DEFAULT_ALPHA: dict[str, float | None] = {
+    "skew_kl": 0.1,
+    "skew_reverse_kl": 0.1,
+    "alpha_beta": 0.2,
+    "adaptive_kl": 0.5,
+    "interpolated": None,
+}
+DEFAULT_BETA: dict[str, float | None] = {"symmetric_kl": 0.9, "generalized_js": 0.5, "alpha_beta": 0.7}
+# How the tail of a `CompressedLogits` teacher enters the loss.
+TAILS = ("bucket", "truncate", "renormalize", "sampled")
 
 
 def checked_options(
@@ -40,9 +51,13 @@ def checked_options(
     scalar = None if isinstance(alpha, Tensor) else alpha
     if alpha is not None and divergence not in DEFAULT_ALPHA:
         raise ValueError(f"alpha has no meaning for {divergence}; leave it None.")
+    if alpha is None and divergence == "interpolated":
+        raise ValueError("interpolated needs alpha, the teacher's share t of the logits, in [0, 1]; got None.")
     a = _hyper_parameter(scalar, "alpha", divergence, DEFAULT_ALPHA)
     b = _hyper_parameter(beta, "beta", divergence, DEFAULT_BETA)
-    if divergence in ("symmetric_kl", "generalized_js", "alpha_beta"):
+    if divergence in ("adaptive_kl", "interpolated"):
+        divergence = "forward_kl" if scalar == 1.0 else divergence  # all of the row is head, all of the blend teacher
+    elif divergence in ("symmetric_kl", "generalized_js", "alpha_beta"):
         divergence = _limit(divergence, a, b, isinstance(alpha, Tensor))
     temperature = checked_number(temperature, "temperature")
     if not 0.0 < temperature < math.inf:
@@ -55,10 +70,10 @@ def checked_options(
     return DivergenceOptions(divergence, a, b, temperature, ce_weight, ignore_index, bool(detach_mixture))
 
 
-def _hyper_parameter(value: float | None, name: str, divergence: str, defaults: dict[str, float]) -> float:
+def _hyper_parameter(value: float | None, name: str, divergence: str, defaults: dict[str, float | None]) -> float:
     if value is not None and divergence not in defaults:
         raise ValueError(f"{name} has no meaning for {divergence}; leave it None.")
-    number = defaults.get(divergence, 0.0) if value is None else checked_number(value, name)
+    number = (defaults.get(divergence) or 0.0) if value is None else checked_number(value, name)
     if divergence == "alpha_beta":
         if not 0.0 <= number < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {number}.")

@@ -24,9 +24,7 @@ def kept_mask(ids: Tensor, vocab_size: int) -> Tensor:
     return inside & ~(equal & earlier).any(-1)
 
 
-def _divergence(
-    name: str, log_p: Tensor, log_q: Tensor, alpha: Tensor, beta: Tensor, detach_mixture: bool
-) -> Tensor:
+def _divergence(name: str, log_p: Tensor, log_q: Tensor, alpha: Tensor, beta: Tensor, detach_mixture: bool) -> Tensor:
     formulas = {
         "forward_kl": lambda: reference.forward_kl(log_p, log_q),
         "reverse_kl": lambda: reference.reverse_kl(log_p, log_q),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import _check_vocab_size
 from .containers import CompressedLogits
 from .ops.divergence import DivergenceOptions, loss_dtype
 from .ops.sparse_divergence import CompressedRows
@@ -17,17 +18,11 @@ SPARSE_DIVERGENCES = (
     "generalized_js",
     "total_variation",
 )
-TAILS = ("bucket", "truncate", "renormalize", "sampled")
 # Those that are the expectation of something that a sampled entry alone determines.
 SAMPLED_DIVERGENCES = ("forward_kl", "skew_kl", "skew_reverse_kl", "total_variation")
 
 
-def check_tail(tail: str) -> None:
-    if tail not in TAILS:
-        raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}.")
-
-
-def compressed_rows(
+def checked_compressed(
     teacher: CompressedLogits,
     options: DivergenceOptions,
     tail: str,
@@ -90,7 +85,6 @@ def _check_container(teacher: CompressedLogits, positions: torch.Size, device: t
 
 def _check_form(teacher: CompressedLogits, options: DivergenceOptions, tail: str) -> None:
     """Whether this divergence can be had from this teacher with this tail."""
-    check_tail(tail)
     name = options.divergence
     if name not in SPARSE_DIVERGENCES:
         raise ValueError(
@@ -118,9 +112,9 @@ def _temperature_index(teacher: CompressedLogits, temperature: float) -> int:
     for index, captured in enumerate(teacher.temperatures):
         if abs(captured - temperature) <= 1e-6 * captured:
             return index
-    captured = ", ".join(str(t) for t in teacher.temperatures)
+    listed = ", ".join(str(t) for t in teacher.temperatures)
     raise ValueError(
-        f"temperature {temperature} was not captured: the teacher has {captured}. The mass of its tail at another "
+        f"temperature {temperature} was not captured: the teacher has {listed}. The mass of its tail at another "
         "temperature cannot be recovered; use one of these or compress_logits(..., temperatures=...)."
     )
 
@@ -133,13 +127,6 @@ def _check_vocabularies(options: DivergenceOptions, student: int, teacher: int) 
             f"{options.divergence} is infinite when the teacher has entries that the student lacks ({student} student, "
             f"{teacher} teacher entries); pass vocab_size={student} to use the entries that both have."
         )
-
-
-def _check_vocab_size(vocab_size: int, narrower: int) -> None:
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}.")
-    if not 1 <= vocab_size <= narrower:
-        raise ValueError(f"vocab_size must lie in 1..{narrower}, the narrower vocabulary, got {vocab_size}.")
 
 
 def _cut(rows: CompressedRows, vocab_size: int, temperature: float) -> CompressedRows:

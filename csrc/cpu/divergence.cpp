@@ -35,24 +35,47 @@ DivergenceRows kernel_for(const std::string& name, bool float64) {
   return divergence_rows_generic(name.c_str(), float64);
 }
 
-std::tuple<Tensor, Tensor> divergence(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
-                                      const std::optional<Tensor>& weight, const std::optional<Tensor>& alpha_rows,
-                                      const std::optional<Tensor>& cap, std::string name, double alpha, double beta,
-                                      double temperature, double ce_weight, int64_t ignore_index, bool detach_mixture,
-                                      bool need_gradient) {
-  const DivergenceTensors t =
-      prepare_divergence(student, teacher, labels, weight, alpha_rows, cap,
-                         {name, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, need_gradient});
-  const DivergenceRows rows = kernel_for(name, student.scalar_type() == ScalarType::Double);
-  STD_TORCH_CHECK(rows, "divergence '", name, "' has no CPU kernel");
-  if (need_gradient) prefer_huge_pages(t.call.gradient, t.gradient.numel() * student.element_size());
+void run(const DivergenceTensors& t) {
+  const DivergenceCall& call = t.call;
+  const DivergenceRows rows = kernel_for(call.options.divergence, call.student_type == ScalarType::Double);
+  STD_TORCH_CHECK(rows, "divergence '", call.options.divergence, "' has no CPU kernel");
+  prefer_huge_pages(t.gradient.data_ptr(), t.gradient.numel() * t.gradient.element_size());
   // Several rows per task where rows are short, one where they are long.
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, t.call.student_vocab));
-  torch::stable::parallel_for(0, t.call.rows, grain, [&](int64_t begin, int64_t end) { rows(t.call, begin, end); });
-  return {t.loss, t.gradient};
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, call.student_vocab));
+  torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) { rows(call, begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> divergence(const Tensor& student, const Tensor& teacher,
+                                              const std::optional<Tensor>& labels, const std::optional<Tensor>& weight,
+                                              const std::optional<Tensor>& alpha_rows, const std::optional<Tensor>& cap,
+                                              std::string name, double alpha, double beta, double temperature,
+                                              double ce_weight, int64_t ignore_index, bool detach_mixture,
+                                              int64_t vocab_size, bool need_gradient, bool need_metrics) {
+  const DivergenceTensors t = prepare_divergence(
+      student, teacher, labels, weight, alpha_rows, cap,
+      {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
+      need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere, need_metrics);
+  run(t);
+  return {t.loss, t.gradient, t.metrics};
+}
+
+std::tuple<Tensor, Tensor> divergence_(Tensor student, const Tensor& teacher, const std::optional<Tensor>& labels,
+                                       const std::optional<Tensor>& weight, const std::optional<Tensor>& alpha_rows,
+                                       const std::optional<Tensor>& cap, std::string name, double alpha, double beta,
+                                       double temperature, double ce_weight, int64_t ignore_index, bool detach_mixture,
+                                       int64_t vocab_size, bool need_metrics) {
+  const DivergenceTensors t = prepare_divergence(
+      student, teacher, labels, weight, alpha_rows, cap,
+      {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
+      GradientTo::kStudent, need_metrics);
+  run(t);
+  return {t.loss, t.metrics};
 }
 
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { m.impl("divergence", TORCH_BOX(&distillm::divergence)); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) {
+  m.impl("divergence", TORCH_BOX(&distillm::divergence));
+  m.impl("divergence_", TORCH_BOX(&distillm::divergence_));
+}

@@ -93,9 +93,9 @@ Softmax<Real> softmax_of(const LogitRow<Real>& row, Real scale) {
   return online.softmax();
 }
 
-// Pass 1 of one side, over `vocab` entries, which may be more than the side has.
-template <class Real>
-Softmax<Real> exponentials_of(const LogitRow<Real>& row, int64_t vocab, Real scale, Exponentials<Real> out) {
+// Pass 1 of one side, over `vocab` entries, which may be more than the side has. Row: LogitRow, or what has its tile().
+template <class Real, class Row>
+Softmax<Real> exponentials_of(const Row& row, int64_t vocab, Real scale, Exponentials<Real> out) {
   alignas(64) Real buffer[kTile];
   OnlineSum<Real> online{scale};
   for (int64_t start = 0; start < vocab; start += kTile) {

@@ -7,11 +7,11 @@ namespace distillm {
 namespace {
 
 template <class Storage, class Real>
-void scale_range(void* data, const void* scale, int64_t columns, int64_t begin, int64_t end) {
+void scale_range(void* data, RowLayout rows, const void* scale, int64_t columns, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const Real factor = static_cast<const Real*>(scale)[row];
     if (factor == 1) continue;
-    Storage* values = static_cast<Storage*>(data) + row * columns;
+    Storage* values = static_cast<Storage*>(data) + rows.offset(row);
 #pragma omp simd
     for (int64_t i = 0; i < columns; ++i) {
       values[i] = FromReal<Storage>::convert(static_cast<Real>(to_real(values[i])) * factor);
@@ -19,7 +19,7 @@ void scale_range(void* data, const void* scale, int64_t columns, int64_t begin, 
   }
 }
 
-using ScaleRange = void (*)(void*, const void*, int64_t, int64_t, int64_t);
+using ScaleRange = void (*)(void*, RowLayout, const void*, int64_t, int64_t, int64_t);
 
 ScaleRange range_for(ScalarType type) {
   switch (type) {
@@ -32,13 +32,14 @@ ScaleRange range_for(ScalarType type) {
 
 void scale_rows_(Tensor gradient, const Tensor& scale) {
   check_scale_rows(gradient, scale);
-  const int64_t columns = gradient.size(1);
+  const int64_t columns = vocab_of(gradient);
+  const RowLayout rows = layout_of(gradient);
   const ScaleRange range = range_for(gradient.scalar_type());
   void* data = gradient.data_ptr();
   const Tensor factors = torch::stable::contiguous(scale);
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, columns));
-  torch::stable::parallel_for(0, gradient.size(0), grain, [&](int64_t begin, int64_t end) {
-    range(data, factors.data_ptr(), columns, begin, end);
+  torch::stable::parallel_for(0, rows_of(gradient), grain, [&](int64_t begin, int64_t end) {
+    range(data, rows, factors.data_ptr(), columns, begin, end);
   });
 }
 

@@ -85,11 +85,12 @@ struct OutputRow {
   }
 };
 
+// Entries [begin, end) of a row of output.
 template <class Real>
-void fill_row(const OutputRow<Real>& output, int64_t vocab, Real value) {
+void fill_row(const OutputRow<Real>& output, int64_t begin, int64_t end, Real value) {
   alignas(64) Real buffer[kTile];
-  for (int64_t start = 0; start < vocab; start += kTile) {
-    const int64_t count = vocab - start < kTile ? vocab - start : kTile;
+  for (int64_t start = begin; start < end; start += kTile) {
+    const int64_t count = end - start < kTile ? end - start : kTile;
     Real* out = output.tile(start, buffer);
     for (int64_t i = 0; i < count; ++i) out[i] = value;
     output.commit(start, count, out);

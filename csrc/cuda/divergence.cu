@@ -59,8 +59,8 @@ DivergenceArguments arguments_of(const DivergenceCall& call, int64_t staged) {
   const DivergenceOptions& options = call.options;
   return {call.student,
           call.teacher,
-          call.student_stride,
-          call.teacher_stride,
+          call.student_rows.row_stride,
+          call.teacher_rows.row_stride,
           static_cast<int32_t>(call.student_vocab),
           static_cast<int32_t>(call.teacher_vocab),
           element_type(call.teacher_type),
@@ -93,22 +93,56 @@ void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const De
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-std::tuple<Tensor, Tensor> divergence(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& labels,
-                                      const std::optional<Tensor>& weight, const std::optional<Tensor>& alpha_rows,
-                                      const std::optional<Tensor>& cap, std::string name, double alpha, double beta,
-                                      double temperature, double ce_weight, int64_t ignore_index, bool detach_mixture,
-                                      bool need_gradient) {
-  const DeviceScope device(student);
-  const DivergenceTensors t =
-      prepare_divergence(student, teacher, labels, weight, alpha_rows, cap,
-                         {name, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, need_gradient});
+// What the kernel does not do yet.
+void check_supported(const DivergenceCall& call, bool need_metrics) {
+  STD_TORCH_CHECK(!need_metrics, "return_metrics has no CUDA kernel yet");
+  STD_TORCH_CHECK(call.student_rows.is_uniform() && call.teacher_rows.is_uniform(),
+                  "student and teacher must have one stride from row to row on CUDA");
+  STD_TORCH_CHECK(!call.gradient || (call.gradient_vocab == call.student_vocab && call.gradient_rows.is_uniform() &&
+                                     (call.rows <= 1 || call.gradient_rows.row_stride == call.student_vocab)),
+                  "the gradient must be contiguous on CUDA, without entries beyond vocab_size");
+}
+
+void run(const DivergenceTensors& t, const DeviceScope& device, bool need_metrics) {
+  check_supported(t.call, need_metrics);
   const DivergenceKernel kernel = kernel_for(t.call);
-  STD_TORCH_CHECK(kernel.function, "divergence '", name, "' has no CUDA kernel");
+  STD_TORCH_CHECK(kernel.function, "divergence '", t.call.options.divergence, "' has no CUDA kernel");
   if (t.call.rows > 0) launch(kernel, t.call, device);
-  return {t.loss, t.gradient};
+}
+
+std::tuple<Tensor, Tensor, Tensor> divergence(const Tensor& student, const Tensor& teacher,
+                                              const std::optional<Tensor>& labels, const std::optional<Tensor>& weight,
+                                              const std::optional<Tensor>& alpha_rows, const std::optional<Tensor>& cap,
+                                              std::string name, double alpha, double beta, double temperature,
+                                              double ce_weight, int64_t ignore_index, bool detach_mixture,
+                                              int64_t vocab_size, bool need_gradient, bool need_metrics) {
+  const DeviceScope device(student);
+  const DivergenceTensors t = prepare_divergence(
+      student, teacher, labels, weight, alpha_rows, cap,
+      {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
+      need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere, need_metrics);
+  run(t, device, need_metrics);
+  return {t.loss, t.gradient, t.metrics};
+}
+
+std::tuple<Tensor, Tensor> divergence_(Tensor student, const Tensor& teacher, const std::optional<Tensor>& labels,
+                                       const std::optional<Tensor>& weight, const std::optional<Tensor>& alpha_rows,
+                                       const std::optional<Tensor>& cap, std::string name, double alpha, double beta,
+                                       double temperature, double ce_weight, int64_t ignore_index, bool detach_mixture,
+                                       int64_t vocab_size, bool need_metrics) {
+  const DeviceScope device(student);
+  const DivergenceTensors t = prepare_divergence(
+      student, teacher, labels, weight, alpha_rows, cap,
+      {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
+      GradientTo::kStudent, need_metrics);
+  run(t, device, need_metrics);
+  return {t.loss, t.metrics};
 }
 
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { m.impl("divergence", TORCH_BOX(&distillm::divergence)); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) {
+  m.impl("divergence", TORCH_BOX(&distillm::divergence));
+  m.impl("divergence_", TORCH_BOX(&distillm::divergence_));
+}

@@ -1,4 +1,4 @@
-"""Operators `divergence` and `scale_rows_`: typed call, fake, autograd."""
+"""Operators `divergence` and `scale_rows_`: typed call, fake, autograd. In place: `divergence_inplace`."""
 
 from __future__ import annotations
 
@@ -37,14 +37,19 @@ def divergence(
     alpha_rows: Tensor | None,
     cap: Tensor | None,
     options: DivergenceOptions,
-) -> Tensor:
-    """Per-row losses [R] of student [R, Vs] against teacher [R, Vt], differentiable in `student`.
+    *,
+    vocab_size: int = 0,
+    need_metrics: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Losses [R] of student [R, Vs] or [B, S, Vs] (R = B S) against teacher, likewise; metrics [R, 3] or [0].
 
-    Row r is weight_r (min(divergence_r, cap_r) + ce_weight CE_r); rows with an ignored label or weight 0 are exactly 0
-    and are not read. Value and gradient come from one kernel call; no gradient is formed when none is needed.
+    Differentiable in `student`. Row r is weight_r (min(divergence_r, cap_r) + ce_weight CE_r); rows with an ignored
+    label or weight 0 are exactly 0 and are not read. Value and gradient come from one kernel call; no gradient is
+    formed when none is needed. `vocab_size`: entries of both sides to use, 0 for all. The metrics are teacher entropy,
+    student entropy (nats, at the temperature) and top-1 agreement.
     """
     need_gradient = torch.is_grad_enabled() and student.requires_grad
-    loss, _ = torch.ops.distillm_ext.divergence(
+    loss, _, metrics = torch.ops.distillm_ext.divergence(
         student,
         teacher,
         labels,
@@ -58,9 +63,17 @@ def divergence(
         options.ce_weight,
         options.ignore_index,
         options.detach_mixture,
+        vocab_size,
         need_gradient,
+        need_metrics,
     )
-    return loss
+    return loss, metrics
+
+
+def row_outputs(student: Tensor, need_metrics: bool) -> tuple[Tensor, Tensor]:
+    """Empty losses and metrics of the shapes and dtypes that the operators return."""
+    rows, dtype = student.shape[:-1].numel(), loss_dtype(student.dtype)
+    return student.new_empty((rows,), dtype=dtype), student.new_empty((rows, 3) if need_metrics else (0,), dtype=dtype)
 
 
 @torch.library.register_fake("distillm_ext::divergence")
@@ -78,11 +91,12 @@ def _divergence_fake(
     ce_weight: float,
     ignore_index: int,
     detach_mixture: bool,
+    vocab_size: int,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    loss = student.new_empty((student.shape[0],), dtype=loss_dtype(student.dtype))
-    gradient = student.new_empty(student.shape if need_gradient else (0,))
-    return loss, gradient
+    need_metrics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, metrics = row_outputs(student, need_metrics)
+    return loss, student.new_empty(student.shape if need_gradient else (0,)), metrics
 
 
 @torch.library.register_fake("distillm_ext::scale_rows_")
@@ -98,30 +112,35 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     product is left to the compiler, which fuses it.
     """
     if type(gradient) is not Tensor:
-        return (gradient * scale.unsqueeze(-1)).to(gradient.dtype)
+        return (gradient * scale.view(*gradient.shape[:-1], 1)).to(gradient.dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradient = gradient.clone()
     torch.ops.distillm_ext.scale_rows_(gradient, scale)
     return gradient
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    loss, gradient = output
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, gradient, metrics = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gradient)
-    ctx.need_gradient = inputs[-1]
+    ctx.mark_non_differentiable(gradient, metrics)
+    ctx.need_gradient = inputs[-2]
     if ctx.need_gradient:
         ctx.save_for_backward(gradient)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 13
+def refuse_second_derivative() -> None:
+    """To be called in every backward."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("distillm_ext losses have no second derivative; call backward without create_graph=True.")
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * 15
     if grad_loss is None:
         return (None, *nothing)
     if not ctx.need_gradient:
         raise RuntimeError("distillm_ext::divergence was called with need_gradient=False; call it with True to train.")
-    if torch.is_grad_enabled():
-        raise RuntimeError("distillm_ext losses have no second derivative; call backward without create_graph=True.")
+    refuse_second_derivative()
     (gradient,) = ctx.saved_tensors
     return (_scaled(gradient, grad_loss), *nothing)
 

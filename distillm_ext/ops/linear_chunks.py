@@ -135,11 +135,12 @@ def _divergence(
     def rows(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[part]
 
-    return torch.ops.distillm_ext.divergence(
+    loss, gradient, _ = torch.ops.distillm_ext.divergence(
         student, teacher, rows(call.labels), rows(call.row_weight), rows(call.alpha_rows), rows(call.cap),
         call.divergence, call.alpha, call.beta, call.temperature, call.ce_weight, call.ignore_index,
-        call.detach_mixture, need_gradient,
+        call.detach_mixture, 0, need_gradient, False,
     )  # fmt: skip
+    return loss, gradient
 
 
 # acc [v, H] (+)= scale * gradient [n, v]^T hidden [n, H], the product formed in float32 from narrower factors.

@@ -1,0 +1,86 @@
+"""Operator `divergence_`: the gradient takes the place of the student's logits. Typed call, fake, autograd (eager)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .divergence import DivergenceOptions, refuse_second_derivative, row_outputs
+
+
+def divergence_inplace(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    alpha_rows: Tensor | None,
+    cap: Tensor | None,
+    options: DivergenceOptions,
+    *,
+    vocab_size: int = 0,
+    need_metrics: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `divergence`, with the gradient written over `student`, which must have stride 1 along the vocabulary.
+
+    Whatever saved the logits for its own backward pass (a soft-cap, say) is told by autograd that they are gone.
+    """
+    return _InPlace.apply(
+        student,
+        teacher,
+        labels,
+        weight,
+        alpha_rows,
+        cap,
+        options.divergence,
+        options.alpha,
+        options.beta,
+        options.temperature,
+        options.ce_weight,
+        options.ignore_index,
+        options.detach_mixture,
+        vocab_size,
+        need_metrics,
+    )
+
+
+class _InPlace(torch.autograd.Function):
+    """Backward hands on the memory of the logits, which holds the gradient since the forward pass.
+
+    The operator runs on a detached alias. It shares the version counter of the logits, so that autograd notices when
+    another backward pass needs what has been overwritten; and it is saved after the operator ran, so that autograd
+    notices when somebody changes the gradient before it is used. Marking the logits as changed instead would rebase
+    the history of the tensors that they are a view of, and cost a copy there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        gradient = student.detach()
+        loss, metrics = torch.ops.distillm_ext.divergence_(gradient, *arguments)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(metrics)
+        ctx.save_for_backward(gradient)
+        ctx.used = False
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing: tuple[None, ...] = (None,) * 14
+        if grad_loss is None:
+            return (None, *nothing)
+        refuse_second_derivative()
+        if ctx.used:
+            raise RuntimeError(
+                "the backward pass of a loss with inplace=True runs once: its gradient is handed on, not kept; use "
+                "inplace=False to call backward again."
+            )
+        ctx.used = True
+        (gradient,) = ctx.saved_tensors
+        torch.ops.distillm_ext.scale_rows_(gradient, grad_loss.contiguous())
+        return (gradient, *nothing)
+
+
+@torch.library.register_fake("distillm_ext::divergence_")
+def _divergence_inplace_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return row_outputs(student, need_metrics=arguments[-1])
