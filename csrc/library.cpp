@@ -27,6 +27,20 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "cap, "
       "str divergence, float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool "
       "detach_mixture, int vocab_size, bool need_metrics) -> (Tensor loss, Tensor metrics)");
+      "divergence_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? "
+      "cap, "
+      "str divergence, float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool "
+      "detach_mixture, int vocab_size, bool need_metrics) -> (Tensor loss, Tensor metrics)");
+  m.def(
+      "sparse_divergence(Tensor student, Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor? "
+      "counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str tail, float alpha, "
+      "float beta, float temperature, float ce_weight, int ignore_index, bool detach_mixture, int vocab_size, "
+      "int teacher_vocab, bool need_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def(
+      "sparse_divergence_(Tensor(a!) student, Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, "
+      "Tensor? counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str tail, "
+      "float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool detach_mixture, "
+      "int vocab_size, int teacher_vocab) -> Tensor loss");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");
   m.def(
       "pack_logits(Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor? label_logprob, Tensor "

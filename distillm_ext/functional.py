@@ -14,6 +14,7 @@ from .arguments import (
     _cap_tensor,
     _check_inplace,
     _check_logits,
+    _check_tail,
     _check_vocab_size,
     _check_vocabularies,
     _row_weight,
@@ -23,10 +24,10 @@ from .containers import CompressedLogits, DivergenceMetrics
 from .ops.divergence import DivergenceOptions, loss_dtype
 from .ops.divergence import divergence as divergence_op
 from .ops.divergence_inplace import divergence_inplace
-from .ops.sparse_divergence import CompressedRows, sparse_divergence
+from .ops.sparse_divergence import CompressedRows, SparseSides, sparse_divergence
 from .options import DIVERGENCES as DIVERGENCES
 from .options import checked_options
-from .sparse import check_tail, compressed_rows
+from .sparse import checked_compressed
 
 
 class _Sides(NamedTuple):
@@ -126,8 +127,7 @@ def distillation_loss(  # type: ignore[misc]
             more than three dimensions that do not flatten to equally spaced rows, cost a copy. ``logits[:, :-1]`` is
             read where it is.
         teacher: teacher logits [..., Vt] of the same positions and device; the dtype may differ. Entries that only one
-            side has count as probability 0 on the other. Or `CompressedLogits` of the same positions, of which
-            ``tail`` says how the entries count that were not kept.
+            side has count as probability 0 on the other. Or `CompressedLogits` of the same positions.
         labels: [...], integer. Positions equal to ``ignore_index`` are not read and contribute exactly 0, NaN or not.
         divergence: a name of the table.
         alpha: skew_kl, skew_reverse_kl: weight of the first argument of KL in the mixture, in [0, 1], None: 0.1; 0
@@ -142,14 +142,15 @@ def distillation_loss(  # type: ignore[misc]
         reduction: "mean" (sum / total weight of valid positions, or / ``num_items``), "sum", or "none" ([...]).
         ce_weight: adds ``ce_weight`` times the cross-entropy with ``labels`` at T = 1, same weights and normaliser.
         detach_mixture: hold the mixture of skew_reverse_kl constant in the gradient (as DistiLLM-2's code does).
-        tail: of a compressed teacher: "bucket" joins all entries that were not kept to one, on both sides, which gives
-            the exact divergence of the coarsened distributions; "truncate" takes the teacher's probability there as 0
-            (and leaves those entries out of reverse_kl, which would be infinite); "renormalize" looks at the kept
-            entries alone; "sampled" is the unbiased estimate from draws (method "sample", at T = 1: forward_kl,
-            skew_kl, skew_reverse_kl, total_variation). Divergences from a compressed teacher: those four, reverse_kl
-            and generalized_js, at a captured temperature.
+        tail: how the entries count that a compressed teacher did not keep. "bucket": as one entry on either side, the
+            exact divergence of the coarsened distributions. "truncate": the teacher's probability there is taken as 0
+            (and those entries are left out of reverse_kl, which would be infinite). "renormalize": not at all, both
+            sides are distributions over the kept entries. "sampled": unbiased estimates from draws (method "sample").
+            Divergences of a compressed teacher: forward_kl, reverse_kl, skew_kl, skew_reverse_kl, generalized_js,
+            total_variation, at a temperature that was captured; "sampled" at 1, without reverse_kl and generalized_js.
         num_items: divisor of "mean", an int or a tensor: the token count of the whole accumulated, distributed batch.
-        vocab_size: use only the first ``vocab_size`` entries of both sides.
+        vocab_size: use only the first ``vocab_size`` entries of both sides; what a compressed teacher did not keep
+            counts as lying among them.
         inplace: write the gradient over ``student_logits``, so that no memory beyond the two inputs is needed. They
             must be computed from something that requires a gradient (not a leaf), and hold the gradient afterwards:
             whoever needs their values comes first. Eager mode only, one backward pass. Where gradients are disabled
@@ -172,13 +173,15 @@ def distillation_loss(  # type: ignore[misc]
         >>> loss = distillation_loss(student_logits, teacher_logits, labels, divergence="skew_kl", alpha=0.1)
         >>> loss.backward()
     """
-    check_tail(tail, compressed=isinstance(teacher, CompressedLogits))
+    compressed = isinstance(teacher, CompressedLogits)
+    _check_logits(student_logits, student_logits if isinstance(teacher, CompressedLogits) else teacher)
+    _check_tail(tail, compressed)
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
     if ce_weight != 0 and labels is None:
         raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
-    request = _Request(vocab_size or 0, tail, inplace and torch.is_grad_enabled(), return_metrics)
-    teacher_rows = _checked_teacher(student_logits, teacher, options, request, vocab_size)
-    if request.inplace:
+    teacher_rows = _checked_teacher(student_logits, teacher, options, tail, vocab_size, return_metrics)
+    inplace = inplace and torch.is_grad_enabled()
+    if inplace:
         _check_inplace(student_logits)
     shape = student_logits.shape[:-1]
     rows = _rows_of(student_logits, loss_dtype(student_logits.dtype))
@@ -189,6 +192,7 @@ def distillation_loss(  # type: ignore[misc]
         rows(alpha if isinstance(alpha, Tensor) else None, "alpha"),
         rows(_cap_tensor(cap, student_logits), "cap"),
     )
+    request = _Request(vocab_size or 0, tail, inplace, return_metrics)
     row_losses, metrics = _row_losses(student_logits, teacher_rows, sides, options, request)
     loss = row_losses.reshape(shape) if reduction == "none" else row_losses.sum()
     return (loss, DivergenceMetrics.from_rows(metrics, shape)) if return_metrics else loss
@@ -203,20 +207,19 @@ def _checked_teacher(
     student: Tensor,
     teacher: Tensor | CompressedLogits,
     options: DivergenceOptions,
-    request: _Request,
+    tail: str,
     vocab_size: int | None,
+    return_metrics: bool,
 ) -> Tensor | CompressedRows:
-    """The teacher as its operator takes it, once it fits the student."""
+    """The teacher as its operator takes it, once its vocabulary is known to fit."""
     if isinstance(teacher, CompressedLogits):
-        _check_logits(student, student)
-        if request.inplace or request.metrics:
-            name = "inplace" if request.inplace else "return_metrics"
-            raise ValueError(f"{name}=True needs the teacher's logits; from CompressedLogits leave it False.")
-        return compressed_rows(
-            teacher, options, request.tail, student.shape[:-1], student.shape[-1], vocab_size, student.dtype,
-            student.device,
-        )  # fmt: skip
-    _check_logits(student, teacher)
+        if return_metrics:
+            raise ValueError(
+                "return_metrics needs the teacher's logits; CompressedLogits do not determine its entropy."
+            )
+        return checked_compressed(
+            teacher, options, tail, student.shape[:-1], student.shape[-1], vocab_size, student.dtype, student.device
+        )
     if vocab_size is not None:
         _check_vocab_size(vocab_size, min(student.shape[-1], teacher.shape[-1]))
     else:
@@ -228,13 +231,14 @@ def _row_losses(
     student: Tensor, teacher: Tensor | CompressedRows, sides: _Sides, options: DivergenceOptions, request: _Request
 ) -> tuple[Tensor, Tensor]:
     """Losses [R] and metrics [R, 3] (or [0]): the one place where the kind of teacher matters."""
+    rows = _as_rows(student)
     if isinstance(teacher, CompressedRows):
-        loss = sparse_divergence(_as_rows(student[..., : request.vocab_size or None]), teacher, *sides, options)
+        loss = sparse_divergence(
+            rows, teacher, SparseSides(*sides), options, vocab_size=request.vocab_size, inplace=request.inplace
+        )
         return loss, loss.new_empty(0)
     operator = divergence_inplace if request.inplace else divergence_op
-    return operator(
-        _as_rows(student), teacher, *sides, options, vocab_size=request.vocab_size, need_metrics=request.metrics
-    )
+    return operator(rows, teacher, *sides, options, vocab_size=request.vocab_size, need_metrics=request.metrics)
 
 
 def forward_kl_loss(student_logits: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:

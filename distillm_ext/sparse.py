@@ -9,7 +9,6 @@ from .arguments import _check_vocab_size
 from .containers import CompressedLogits
 from .ops.divergence import DivergenceOptions, loss_dtype
 from .ops.sparse_divergence import CompressedRows
-from .options import TAILS
 
 SPARSE_DIVERGENCES = (
     "forward_kl",
@@ -23,14 +22,7 @@ SPARSE_DIVERGENCES = (
 SAMPLED_DIVERGENCES = ("forward_kl", "skew_kl", "skew_reverse_kl", "total_variation")
 
 
-def check_tail(tail: str, compressed: bool) -> None:
-    if tail not in TAILS:
-        raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}.")
-    if tail != "bucket" and not compressed:
-        raise ValueError(f"tail is an option of a CompressedLogits teacher, got tail={tail!r} with a tensor of logits.")
-
-
-def compressed_rows(
+def checked_compressed(
     teacher: CompressedLogits,
     options: DivergenceOptions,
     tail: str,
@@ -120,9 +112,9 @@ def _temperature_index(teacher: CompressedLogits, temperature: float) -> int:
     for index, captured in enumerate(teacher.temperatures):
         if abs(captured - temperature) <= 1e-6 * captured:
             return index
-    captured = ", ".join(str(t) for t in teacher.temperatures)
+    listed = ", ".join(str(t) for t in teacher.temperatures)
     raise ValueError(
-        f"temperature {temperature} was not captured: the teacher has {captured}. The mass of its tail at another "
+        f"temperature {temperature} was not captured: the teacher has {listed}. The mass of its tail at another "
         "temperature cannot be recovered; use one of these or compress_logits(..., temperatures=...)."
     )
 

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from sparse_cases import FORMS, SPARSE_DIVERGENCES, compressed, edited, logits, run
+from sparse_cases import FORMS, compressed, edited, logits, run
 
 from distillm_ext import distillation_loss
 from distillm_ext.ops.divergence import DivergenceOptions
-from distillm_ext.ops.sparse_divergence import CompressedRows
+from distillm_ext.ops.sparse_divergence import CompressedRows, SparseSides
 from distillm_ext.ops.sparse_divergence import sparse_divergence as sparse_divergence_op
 
 
@@ -35,9 +35,12 @@ def test_opcheck(dtype, tail, need_gradient):
     for sides, ce_weight in (((None,) * 4, 0.0), ((labels, per_row, per_row, per_row), 0.5)):
         arguments = (
             student if need_gradient else student.detach(), ids, logprobs, log_norm, tail_logprob, counts, *sides,
-            "skew_kl", tail, 0.1, 0.0, 1.0, ce_weight, vocab, -100, False, need_gradient,
+            "skew_kl", tail, 0.1, 0.0, 1.0, ce_weight, -100, False, 30, vocab,
         )  # fmt: skip
-        torch.library.opcheck(torch.ops.distillm_ext.sparse_divergence.default, arguments)
+        operators = torch.ops.distillm_ext
+        torch.library.opcheck(operators.sparse_divergence.default, (*arguments, need_gradient))
+        in_place = (student.detach().clone(), *arguments[1:])
+        torch.library.opcheck(operators.sparse_divergence_.default, in_place)
 
 
 @pytest.mark.parametrize("divergence,tail", FORMS)
@@ -54,15 +57,15 @@ def test_gradcheck(divergence, tail):
         assert torch.autograd.gradcheck(loss, (student,))
 
 
-@pytest.mark.parametrize("divergence", SPARSE_DIVERGENCES)
+@pytest.mark.parametrize("divergence,tail", (("skew_kl", "bucket"), ("forward_kl", "sampled")))
 @pytest.mark.parametrize("dynamic", (False, True))
-def test_compile_fullgraph(divergence, dynamic):
+def test_compile_fullgraph(divergence, tail, dynamic):
     torch.compiler.reset()
-    student, teacher = pair(6, 50)
+    student, teacher = pair(6, 50, tail=tail)
     labels = torch.tensor([1, -100, 3, 4, 5, 6])
 
     def step(hidden, teacher, labels):
-        return distillation_loss(hidden * 2.0, teacher, labels, divergence=divergence, ce_weight=0.5)
+        return distillation_loss(hidden * 2.0, teacher, labels, divergence=divergence, tail=tail, ce_weight=0.5)
 
     step(student, teacher, labels).backward()
     expected, student.grad = student.grad, None
@@ -75,6 +78,42 @@ def test_compile_fullgraph(divergence, dynamic):
     torch.testing.assert_close(student.grad, expected * 4)
     with torch.no_grad():
         torch.testing.assert_close(compiled(student, teacher, labels), step(student, teacher, labels))
+
+
+@pytest.mark.parametrize("divergence,tail", FORMS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_in_place(divergence, tail, dtype):
+    """The gradient takes the place of the logits, views of a wider tensor included, cut vocabularies too."""
+    leaf, teacher = pair(6, 60, 8, dtype, tail)
+    labels, upstream = torch.tensor([1, -100, 3, 4, 5, 6]).view(2, 3), torch.tensor([[1.0, 2.0, -1.0], [0.5, 1.0, 1.0]])
+    for options in (dict(ce_weight=0.5), dict(temperature=1.0 if tail == "sampled" else 2.5, ce_weight=0.5)):
+        gradients = []
+        for inplace in (False, True):
+            x = leaf.detach().requires_grad_()
+            wide = torch.cat([x, x], -1).view(2, 3, 120)
+            logits = wide[..., :60]
+            loss = distillation_loss(
+                logits, teacher.reshape(2, 3), labels, divergence=divergence, tail=tail, reduction="none",
+                inplace=inplace, **options,
+            )  # fmt: skip
+            loss.backward(upstream)
+            gradients.append(x.grad)
+            if inplace:
+                assert (wide[0, 1, :60] == 0).all()  # the ignored row's gradient is where its logits were
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="runs once"):
+        loss.backward(upstream)
+
+
+def test_blocks_of_rows_are_not_copied():
+    """logits[:, :-1] of a batch, as language models are trained: the operator takes two strides."""
+    student, teacher = logits(8, 50, seed=1).view(2, 4, 50).requires_grad_(), compressed(logits(6, 50, seed=2), 8)
+    sparse = teacher.reshape(2, 3)
+    distillation_loss(student[:, :-1], sparse).backward()
+    gradient, student.grad = student.grad, None
+    distillation_loss(student[:, :-1].reshape(6, 50), teacher).backward()
+    torch.testing.assert_close(student.grad, gradient, rtol=0, atol=0)
+    assert (gradient[:, -1] == 0).all()
 
 
 def test_upstream_gradients_retained_graphs_and_second_derivatives():
@@ -102,6 +141,7 @@ def test_arguments_are_checked():
         (dict(vocab_size=41), ValueError, r"vocab_size must lie in 1\.\.40"),
         (dict(vocab_size=4.0), TypeError, "vocab_size must be an int"),
         (dict(ce_weight=1.0), ValueError, "ce_weight needs labels"),
+        (dict(return_metrics=True), ValueError, "return_metrics needs the teacher's logits"),
     ]
     for options, error, match in cases:
         with pytest.raises(error, match=match):
@@ -148,10 +188,10 @@ def test_direct_calls_are_checked():
     ]
     for bad, match in cases:
         with pytest.raises(RuntimeError, match=match):
-            sparse_divergence_op(student, bad, None, None, None, None, options)
+            sparse_divergence_op(student, bad, SparseSides(None, None, None, None), options)
     with pytest.raises(RuntimeError, match="has no CPU kernel"):
         unknown = DivergenceOptions("x", 0.1, 0.0, 1.0, 0.0, -100, False)
-        sparse_divergence_op(student, rows, None, None, None, None, unknown)
+        sparse_divergence_op(student, rows, SparseSides(None, None, None, None), unknown)
 
 
 def test_extra_memory_is_the_gradient_alone():

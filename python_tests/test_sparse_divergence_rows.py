@@ -57,14 +57,18 @@ def test_student_with_fewer_entries(divergence, tail):
             run(student, sparse, UPSTREAM, **options)
         return
     assert (sparse.ids >= 60).any()
-    assert_close(*run(student, sparse, UPSTREAM, **options), *oracle(student, sparse, UPSTREAM, **options), student.dtype)
+    assert_close(
+        *run(student, sparse, UPSTREAM, **options), *oracle(student, sparse, UPSTREAM, **options), student.dtype
+    )
 
 
 @pytest.mark.parametrize("divergence,tail", FORMS)
 def test_student_with_more_entries(divergence, tail):
     student, teacher = logits(4, 120, seed=1), logits(4, 90, seed=2)
     sparse, options = compressed(teacher, 12, tail), dict(divergence=divergence, tail=tail)
-    assert_close(*run(student, sparse, UPSTREAM, **options), *oracle(student, sparse, UPSTREAM, **options), student.dtype)
+    assert_close(
+        *run(student, sparse, UPSTREAM, **options), *oracle(student, sparse, UPSTREAM, **options), student.dtype
+    )
 
 
 @pytest.mark.parametrize("divergence", SPARSE_DIVERGENCES)
@@ -100,7 +104,9 @@ def test_student_logits_of_minus_infinity(divergence, tail):
     infinite = expected == torch.inf
     assert (value == torch.inf).equal(infinite) and (gradient[infinite] == 0).all()
     assert infinite[:3].all() if divergence == "forward_kl" else not infinite.any()
-    assert_close(value[~infinite], gradient[~infinite], expected[~infinite], expected_gradient[~infinite], student.dtype)
+    assert_close(
+        value[~infinite], gradient[~infinite], expected[~infinite], expected_gradient[~infinite], student.dtype
+    )
     assert (gradient[student == -torch.inf] == 0).all()
 
 

@@ -65,8 +65,10 @@ struct SparseScratch {
   KeptEntries<Real> kept;
 
   static SparseScratch of(const SparseDivergenceCall& call) {
-    const int64_t vocab = call.dense.student_vocab, widest = vocab > call.dense.teacher_vocab ? vocab : call.dense.teacher_vocab;
-    const int64_t padded = (vocab + kTile - 1) / kTile * kTile, tiles = padded / kTile, kept = (call.kept + 15) / 16 * 16;
+    const int64_t vocab = call.dense.student_vocab,
+                  widest = vocab > call.dense.teacher_vocab ? vocab : call.dense.teacher_vocab;
+    const int64_t padded = (vocab + kTile - 1) / kTile * kTile, tiles = padded / kTile,
+                  kept = (call.kept + 15) / 16 * 16;
     const int64_t words = IdSet::words_for(widest);
     char* data = static_cast<char*>(
         thread_scratch((padded + tiles + 4 * kept) * sizeof(Real) + words * sizeof(uint64_t) + kept * sizeof(int32_t)));

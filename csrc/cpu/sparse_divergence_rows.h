@@ -139,41 +139,39 @@ void write_kept(const KeptEntries<Real>& kept, const Softmax<Real>& q, const Cro
 }
 
 template <class Real>
-void write_sparse_gradient(const SparseDivergenceCall& call, const RowTask<Real>& in,
-                           const SparseScratch<Real>& scratch, const SplitSoftmax<Real>& student,
-                           const SparseSums<Real>& sums, const CrossEntropy<Real>& ce, bool constant) {
-  const double g_scale = constant ? 0 : in.weight / call.dense.options.temperature, ce_scale = in.weight * ce.weight;
+void write_sparse_gradient(const RowTask<Real>& task, Tail tail, const SparseScratch<Real>& scratch,
+                           const SplitSoftmax<Real>& student, const SparseSums<Real>& sums,
+                           const CrossEntropy<Real>& ce, bool constant) {
+  const double g_scale = constant ? 0 : task.weight / task.call.options.temperature, ce_scale = task.weight * ce.weight;
   const double r = std::exp2(student.log2_tail()), sum_g = sums.g_kept + sums.g_bucket;
   // An entry off S has the share s_v of what the bucket has; over S alone there is no bucket.
   double bucket = 0;
-  if (!constant && call.tail != Tail::kRenormalize) bucket = g_scale * (sums.g_bucket - r * sum_g);
+  if (!constant && tail != Tail::kRenormalize) bucket = g_scale * (sums.g_bucket - r * sum_g);
   if (!ce.own_softmax) bucket += ce_scale * r;
-  TailPass<Real>{in.student, scratch.tail, student.off, ce, static_cast<Real>(bucket), static_cast<Real>(ce_scale)}
-      .write(*in.output);
+  TailPass<Real>{task.student, scratch.tail, student.off, ce, static_cast<Real>(bucket), static_cast<Real>(ce_scale)}
+      .write(*task.output);
   write_kept(scratch.kept, sums.q, ce, static_cast<Real>(g_scale), static_cast<Real>(sum_g),
-             static_cast<Real>(ce_scale), in.student.vocab, *in.output);
+             static_cast<Real>(ce_scale), task.student.vocab, *task.output);
 }
 
-// One row that is not left out: returns its loss and writes its gradient when `output` is there.
+// One row that is not left out: returns its loss and writes its gradient where there is an output.
 template <class Real, class Kept>
-Real sparse_divergence_row(const SparseDivergenceCall& call, const RowTask<Real>& in) {
-  const int64_t index = in.index;
-  const Real scale = static_cast<Real>(kLog2E / call.dense.options.temperature);
+Real sparse_divergence_row(const SparseDivergenceCall& call, const RowTask<Real>& task) {
   SparseScratch<Real> scratch = SparseScratch<Real>::of(call);
-  collect_kept(call, index, in.student, scratch.kept);
-  const SplitSoftmax<Real> student(tail_exponentials(in.student, scale, scratch.kept.set, scratch.tail),
-                                   online_sum_of(scratch.kept.z, scratch.kept.count, scale));
-  const CrossEntropy<Real> ce = cross_entropy_of(call.dense, index, in.student, student.all.softmax());
-  const SparseSums<Real> sums = sparse_sums<Real, Kept>(call, index, student, scratch.kept, in.parameters);
+  collect_kept(call, task.index, task.student, scratch.kept);
+  const SplitSoftmax<Real> student(tail_exponentials(task.student, task.scale(), scratch.kept.set, scratch.tail),
+                                   online_sum_of(scratch.kept.z, scratch.kept.count, task.scale()));
+  const CrossEntropy<Real> ce = cross_entropy_of(task.call, task.index, task.student, student.all.softmax());
+  const SparseSums<Real> sums = sparse_sums<Real, Kept>(call, task.index, student, scratch.kept, task.parameters);
   const Real divergence = static_cast<Real>(sums.value);
-  const bool capped = divergence > in.cap, constant = capped || divergence == std::numeric_limits<Real>::infinity();
-  Real loss = in.weight * ((capped ? in.cap : divergence) + ce.weight * cross_entropy_value(ce, in.student));
-  if (!sums.usable || in.cap != in.cap) loss = std::numeric_limits<Real>::quiet_NaN();
-  if (!in.output) return loss;
+  const bool capped = divergence > task.cap, constant = capped || divergence == std::numeric_limits<Real>::infinity();
+  Real loss = task.weight * ((capped ? task.cap : divergence) + ce.weight * cross_entropy_value(ce, task.student));
+  if (!sums.usable || task.cap != task.cap) loss = std::numeric_limits<Real>::quiet_NaN();
+  if (!task.output) return loss;
   if (loss != loss || (constant && ce.weight == 0)) {
-    fill_row(*in.output, 0, in.student.vocab, loss != loss ? loss : Real(0));
+    fill_row(*task.output, 0, task.student.vocab, loss != loss ? loss : Real(0));
   } else {
-    write_sparse_gradient(call, in, scratch, student, sums, ce, constant);
+    write_sparse_gradient(task, call.tail, scratch, student, sums, ce, constant);
   }
   return loss;
 }
@@ -187,11 +185,14 @@ void sparse_divergence_rows(const SparseDivergenceCall& call, int64_t begin, int
     if (gradient) gradient += dense.gradient_rows.offset(row) * bytes_of(dense.student_type);
     const OutputRow<Real> output{gradient, dense.student_type};
     const RowTask<Real> task = row_task<Real>(dense, row, gradient ? &output : nullptr);
-    const bool left_out = task.weight == 0 || (dense.labels && dense.labels[row] == dense.options.ignore_index);
-    if (left_out) leave_out(task);
-    const auto one_row =
-        task.parameters.alpha == 0 ? sparse_divergence_row<Real, KeptAtZero> : sparse_divergence_row<Real, Kept>;
-    loss[row] = left_out ? Real(0) : one_row(call, task);
+    if (task.weight == 0 || (dense.labels && dense.labels[row] == dense.options.ignore_index)) {
+      leave_out(task);
+      loss[row] = 0;
+    } else {
+      loss[row] = task.parameters.alpha == 0 ? sparse_divergence_row<Real, KeptAtZero>(call, task)
+                                             : sparse_divergence_row<Real, Kept>(call, task);
+    }
+    if (gradient) fill_row(output, dense.student_vocab, dense.gradient_vocab, Real(0));
   }
 }
 

@@ -25,8 +25,8 @@ inline namespace DISTILLM_ISA {
 // double. The divergence is a constant there, so that the bucket has no gradient.
 constexpr double kLog2LeastTail = -1022;
 
-// How far log-probabilities differ, relative to the probability, where both sides have the same: the teacher's are stored,
-// the student's are computed here, and both are rounded. Input: the type of the stored ones.
+// How far log-probabilities differ, relative to the probability, where both sides have the same: the teacher's are
+// stored, the student's are computed here, and both are rounded. Input: the type of the stored ones.
 template <class Input>
 constexpr double kTie = sizeof(Input) == sizeof(float) ? 0x1p-17 : 0x1p-46;
 
@@ -144,19 +144,19 @@ struct SampledTotalVariation {
 };
 
 // X(name of the public API, divergence for alpha > 0, divergence at alpha = 0)
-#define DISTILLM_FOR_EACH_SPARSE_DIVERGENCE(X)         \
-  X("forward_kl", ForwardKl, ForwardKl)                \
-  X("reverse_kl", ReverseKl, ReverseKl)                \
-  X("skew_kl", SkewKl, ForwardKl)                      \
-  X("skew_reverse_kl", SkewReverseKl, ReverseKl)       \
-  X("generalized_js", GeneralizedJs, GeneralizedJs)    \
+#define DISTILLM_FOR_EACH_SPARSE_DIVERGENCE(X)      \
+  X("forward_kl", ForwardKl, ForwardKl)             \
+  X("reverse_kl", ReverseKl, ReverseKl)             \
+  X("skew_kl", SkewKl, ForwardKl)                   \
+  X("skew_reverse_kl", SkewReverseKl, ReverseKl)    \
+  X("generalized_js", GeneralizedJs, GeneralizedJs) \
   X("total_variation", KeptTotalVariation, KeptTotalVariation)
 
 // X(name of the public API, importance form for alpha > 0, importance form at alpha = 0 where it has one)
-#define DISTILLM_FOR_EACH_SAMPLED_DIVERGENCE(X)                          \
-  X("forward_kl", SampledForwardKl, SampledForwardKl)                    \
-  X("skew_kl", SampledSkewKl, SampledForwardKl)                          \
-  X("skew_reverse_kl", SampledSkewReverseKl, SampledSkewReverseKl)       \
+#define DISTILLM_FOR_EACH_SAMPLED_DIVERGENCE(X)                    \
+  X("forward_kl", SampledForwardKl, SampledForwardKl)              \
+  X("skew_kl", SampledSkewKl, SampledForwardKl)                    \
+  X("skew_reverse_kl", SampledSkewReverseKl, SampledSkewReverseKl) \
   X("total_variation", SampledTotalVariation, SampledTotalVariation)
 
 }  // namespace DISTILLM_ISA

@@ -1,4 +1,4 @@
-"""Operator `sparse_divergence`: typed call, fake, autograd."""
+"""Operators `sparse_divergence` and, in place, `sparse_divergence_`: typed calls, fakes, autograd."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import extension  # noqa: F401  (loads the libraries)
-from .divergence import DivergenceOptions, _scaled, loss_dtype
+from . import divergence_inplace
+from .divergence import DivergenceOptions, _scaled, refuse_second_derivative, row_outputs
 
 
 class CompressedRows(NamedTuple):
-    """A compressed teacher as the operator takes it: R rows of K entries, in the loss's dtype, at its temperature."""
+    """A compressed teacher as the operators take it: R rows of K entries, in the loss's dtype, at its temperature."""
 
     ids: Tensor  # [R, K] int32
     logprobs: Tensor  # [R, K], at T = 1
@@ -23,67 +23,69 @@ class CompressedRows(NamedTuple):
     tail: str
 
 
+class SparseSides(NamedTuple):
+    """The side inputs of the rows, [R] each."""
+
+    labels: Tensor | None
+    weight: Tensor | None
+    alpha: Tensor | None
+    cap: Tensor | None
+
+
+def _arguments(
+    teacher: CompressedRows, sides: SparseSides, options: DivergenceOptions, vocab_size: int
+) -> tuple[Any, ...]:
+    """What both operators take after the student, in the order of their schemas."""
+    return (
+        *teacher[:5], *sides, options.divergence, teacher.tail, options.alpha, options.beta, options.temperature,
+        options.ce_weight, options.ignore_index, options.detach_mixture, vocab_size, teacher.vocab_size,
+    )  # fmt: skip
+
+
 def sparse_divergence(
     student: Tensor,
     teacher: CompressedRows,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    alpha_rows: Tensor | None,
-    cap: Tensor | None,
+    sides: SparseSides,
     options: DivergenceOptions,
+    *,
+    vocab_size: int = 0,
+    inplace: bool = False,
 ) -> Tensor:
-    """Per-row losses [R] of student [R, V] or [B, S, V] against a compressed teacher, differentiable in `student`.
+    """Losses [R] of student [R, V] or [B, S, V] (R = B S) against a compressed teacher, differentiable in `student`.
 
-    Rows, masks and gradients as in `ops.divergence.divergence`.
+    Rows, masks and gradients as in `ops.divergence.divergence`; with `inplace` as in `divergence_inplace`.
     """
+    arguments = _arguments(teacher, sides, options, vocab_size)
+    if inplace:
+        return _InPlace.apply(student, *arguments)
     need_gradient = torch.is_grad_enabled() and student.requires_grad
-    loss, _ = sparse_divergence_with_gradient(student, teacher, labels, weight, alpha_rows, cap, options, need_gradient)
-    return loss
+    return torch.ops.distillm_ext.sparse_divergence(student, *arguments, need_gradient)[0]
 
 
 def sparse_divergence_with_gradient(
     student: Tensor,
     teacher: CompressedRows,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    alpha_rows: Tensor | None,
-    cap: Tensor | None,
+    sides: SparseSides,
     options: DivergenceOptions,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [R] and the gradient, shaped like the student, of their sum, [0] when it is not needed."""
-    return torch.ops.distillm_ext.sparse_divergence(
-        student,
-        teacher.ids,
-        teacher.logprobs,
-        teacher.log_norm,
-        teacher.tail_logprob,
-        teacher.counts,
-        labels,
-        weight,
-        alpha_rows,
-        cap,
-        options.divergence,
-        teacher.tail,
-        options.alpha,
-        options.beta,
-        options.temperature,
-        options.ce_weight,
-        teacher.vocab_size,
-        options.ignore_index,
-        options.detach_mixture,
-        need_gradient,
-    )
+    """Losses [R] and the gradient of their sum, [0] when it is not needed."""
+    arguments = _arguments(teacher, sides, options, 0)
+    return torch.ops.distillm_ext.sparse_divergence(student, *arguments, need_gradient)
+
+
+_ARGUMENTS = 21
 
 
 @torch.library.register_fake("distillm_ext::sparse_divergence")
 def _sparse_divergence_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    need_gradient = arguments[-1]
-    loss = student.new_empty((student.shape[:-1].numel(),), dtype=loss_dtype(student.dtype))
-    return loss, student.new_empty(student.shape if need_gradient else (0,))
+    loss, _ = row_outputs(student, need_metrics=False)
+    return loss, student.new_empty(student.shape if arguments[-1] else (0,))
 
 
-_ARGUMENTS = 20
+@torch.library.register_fake("distillm_ext::sparse_divergence_")
+def _sparse_divergence_inplace_fake(student: Tensor, *arguments: Any) -> Tensor:
+    return row_outputs(student, need_metrics=False)[0]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -103,10 +105,27 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Ten
         raise RuntimeError(
             "distillm_ext::sparse_divergence was called with need_gradient=False; call it with True to train."
         )
-    if torch.is_grad_enabled():
-        raise RuntimeError("distillm_ext losses have no second derivative; call backward without create_graph=True.")
+    refuse_second_derivative()
     (gradient,) = ctx.saved_tensors
     return (_scaled(gradient, grad_loss), *nothing)
 
 
 torch.library.register_autograd("distillm_ext::sparse_divergence", _backward, setup_context=_setup_context)
+
+
+class _InPlace(divergence_inplace._InPlace):
+    """The same hand-over of the student's memory, after the other operator."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *arguments: Any) -> Tensor:  # type: ignore[override]
+        gradient = student.detach()
+        loss = torch.ops.distillm_ext.sparse_divergence_(gradient, *arguments)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient)
+        ctx.used = False
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        gradient = divergence_inplace._InPlace.backward(ctx, grad_loss)[0]
+        return (gradient, *(None,) * (_ARGUMENTS - 2))
