@@ -190,9 +190,7 @@ def test_operators_pass_opcheck_and_compile(method):
     @torch.compile(fullgraph=True, backend="aot_eager")
     def there_and_back(compressed):
         packed = compressed.pack("q8")
-        return compressed.unpack(
-            packed, codec="q8", k=8, vocab_size=300, temperatures=(1.0, 2.0), method=method
-        )
+        return compressed.unpack(packed, codec="q8", k=8, vocab_size=300, temperatures=(1.0, 2.0), method=method)
 
     compiled = there_and_back(case.compressed())
     expected = round_trip(case, "q8").compressed()
