@@ -119,9 +119,7 @@ def test_cut_missing_and_foreign_files(tmp_path):
         TeacherCache.open(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change,words", [({"version": 2}, "format version 2"), ({"format": "zip"}, "not the manif")]
-)
+@pytest.mark.parametrize("change,words", [({"version": 2}, "format version 2"), ({"format": "zip"}, "not the manif")])
 def test_other_versions(tmp_path, change, words):
     world.finished(tmp_path, rows=3)
     file = tmp_path / MANIFEST
