@@ -205,3 +205,14 @@ def _dying(function, count: int, after: bool):
         return result
 
     return call
+
+
+def test_what_a_kill_left_is_removed(tmp_path):
+    world.write(tmp_path, rows=3)
+    left = [tmp_path / "shard-00000-000009.arrow.tmp", tmp_path / "shard-00000-000009.json"]
+    left[0].write_bytes(b"half a shard")
+    shutil.copy(next(tmp_path.glob("shard-*.json")), left[1])
+    world.write(tmp_path, rows=ROWS)
+    assert not any(file.exists() for file in left)
+    finish_cache(tmp_path, SPECS["topk"])
+    read_all(tmp_path, "topk", "full")
