@@ -71,3 +71,23 @@ def test_refusals(change, error, words):
         _codec.pack_logits(*{**values, **change}.values(), 50, (1.0, 2.0), "q8")
     with pytest.raises(ValueError, match="packed must have shape"):
         _codec.unpack_logits(np.zeros((3, 7), np.uint8), "q8", 4, 50, (1.0,), True, False)
+
+
+def test_a_record_of_a_larger_k_is_refused():
+    large, small = cases.make(1, 300, 9, temperatures=(1.0,)), cases.make(1, 300, 8, temperatures=(1.0,))
+    trimmed, offsets = _codec.trim_records(large.pack("q8"), *large.settings("q8"))
+    with pytest.raises(ValueError, match="record 0 is damaged or of other settings"):
+        _codec.restore_records(trimmed, offsets, *small.settings("q8"))
+
+
+@pytest.mark.parametrize("codec", list(cases.BITS))
+def test_half_a_step_is_the_error_below_the_largest(codec):
+    case = cases.make(60, 3000, 48, temperatures=(1.0,), spread=2.0)
+    plain = np.arange(60) % 6 == 0  # ordinary rows
+    back = case.unpack(case.pack(codec), codec)
+    for row in np.flatnonzero(plain):
+        expected = dict(zip(case.ids[row], case.logprobs[row].max() - case.logprobs[row], strict=True))
+        got = back.logprobs[row].max() - back.logprobs[row]
+        step = max(expected.values()) / (2 ** cases.BITS[codec] - 1)
+        errors = [abs(value - expected[i]) for i, value in zip(back.ids[row], got, strict=True)]
+        assert max(errors) < 0.51 * step + 2.0**-11 * max(expected.values())
