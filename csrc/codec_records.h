@@ -34,8 +34,8 @@ inline std::string shape_text(const py::array& x) {
 
 // columns < 0: one dimension.
 inline void check_shape(const py::array& x, const char* name, int64_t rows, int64_t columns) {
-  const bool good = columns < 0 ? x.ndim() == 1 && x.shape(0) == rows
-                                : x.ndim() == 2 && x.shape(0) == rows && x.shape(1) == columns;
+  const bool good =
+      columns < 0 ? x.ndim() == 1 && x.shape(0) == rows : x.ndim() == 2 && x.shape(0) == rows && x.shape(1) == columns;
   if (good) return;
   const std::string wanted = std::to_string(rows) + (columns < 0 ? "" : ", " + std::to_string(columns));
   throw py::value_error(std::string(name) + " must have shape [" + wanted + "], got " + shape_text(x));
@@ -60,10 +60,13 @@ inline Array<uint8_t> pack_logits(const Array<int32_t>& ids, const Array<float>&
   if (label) check_shape(*label, "label_logprob", rows, -1);
   if (counts) check_shape(*counts, "counts", rows, k);
   Array<uint8_t> packed({rows, static_cast<int64_t>(layout.bytes)});
-  const RecordInput fields{ids.data(),  logprobs.data(),
-                           norm.data(), tail.data(),
+  const RecordInput fields{ids.data(),
+                           logprobs.data(),
+                           norm.data(),
+                           tail.data(),
                            label ? label->data() : nullptr,
-                           valid.data(), counts ? counts->data() : nullptr};
+                           valid.data(),
+                           counts ? counts->data() : nullptr};
   uint8_t* out = packed.mutable_data();
   py::gil_scoped_release release;
   RecordCoder coder(layout);
@@ -86,10 +89,13 @@ inline Unpacked unpack_logits(const Array<uint8_t>& packed, const std::string& c
   std::optional<Array<int32_t>> counts;
   if (has_labels) label.emplace(rows);
   if (has_counts) counts.emplace(std::vector<py::ssize_t>{rows, k});
-  const RecordOutput fields{ids.mutable_data(),  logprobs.mutable_data(),
-                            norm.mutable_data(), tail.mutable_data(),
+  const RecordOutput fields{ids.mutable_data(),
+                            logprobs.mutable_data(),
+                            norm.mutable_data(),
+                            tail.mutable_data(),
                             label ? label->mutable_data() : nullptr,
-                            valid.mutable_data(), counts ? counts->mutable_data() : nullptr};
+                            valid.mutable_data(),
+                            counts ? counts->mutable_data() : nullptr};
   const uint8_t* in = packed.data();
   {
     py::gil_scoped_release release;
@@ -154,13 +160,14 @@ inline Array<uint8_t> restore_records(const Array<uint8_t>& flat, const Array<in
 
 inline void define_records(py::module_& m) {
   using py::arg;
-  m.def("pack_logits", &pack_logits, arg("ids").noconvert(), arg("logprobs").noconvert(), arg("log_norm").noconvert(),
-        arg("tail_logprob").noconvert(), arg("label_logprob").noconvert().none(true), arg("valid").noconvert(),
-        arg("counts").noconvert().none(true), arg("vocab_size"), arg("temperatures"), arg("codec"),
-        "Compressed logits of R positions as uint8 [R, bytes]: what distillm_ext.packing.pack gives for tensors.\n\n"
-        "C-contiguous arrays, read in place: ids, counts [R, k] int32; logprobs [R, k], log_norm, tail_logprob [R, T],\n"
-        "label_logprob [R] float32; valid [R] bool; label_logprob and counts may be None.\n\n"
-        "Raises TypeError for a wrong dtype or layout, ValueError for a wrong shape or setting.");
+  m.def(
+      "pack_logits", &pack_logits, arg("ids").noconvert(), arg("logprobs").noconvert(), arg("log_norm").noconvert(),
+      arg("tail_logprob").noconvert(), arg("label_logprob").noconvert().none(true), arg("valid").noconvert(),
+      arg("counts").noconvert().none(true), arg("vocab_size"), arg("temperatures"), arg("codec"),
+      "Compressed logits of R positions as uint8 [R, bytes]: what distillm_ext.packing.pack gives for tensors.\n\n"
+      "C-contiguous arrays, read in place: ids, counts [R, k] int32; logprobs [R, k], log_norm, tail_logprob [R, T],\n"
+      "label_logprob [R] float32; valid [R] bool; label_logprob and counts may be None.\n\n"
+      "Raises TypeError for a wrong dtype or layout, ValueError for a wrong shape or setting.");
   m.def("unpack_logits", &unpack_logits, arg("packed").noconvert(), arg("codec"), arg("k"), arg("vocab_size"),
         arg("temperatures"), arg("has_labels"), arg("has_counts"),
         "Inverse of pack_logits: (ids, logprobs, log_norm, tail_logprob, label_logprob or None, valid, counts or "

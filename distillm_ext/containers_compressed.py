@@ -102,7 +102,7 @@ class CompressedLogits:
     def reshape(self, *shape: int) -> CompressedLogits:
         """The same positions in another shape, one size of which may be -1."""
         positions = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
-        return self._map(lambda x, trailing: x.reshape(*positions, *x.shape[x.dim() - trailing :]))
+        return self._map(lambda x, trailing: x.reshape((*positions, *x.shape[x.dim() - trailing :])))
 
     def flatten(self) -> CompressedLogits:
         """All positions in one dimension."""

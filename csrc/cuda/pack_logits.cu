@@ -25,8 +25,7 @@ void launch(void (*kernel)(Arguments), const Arguments& arguments, int64_t rows,
   const int64_t room = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 4 * sizeof(PartialSums);
   STD_TORCH_CHECK(static_cast<int64_t>(bytes) <= room, "records of k = ", arguments.layout.shape.entries, " need ",
                   bytes, " bytes of shared memory, this device has ", room, "; use a smaller k");
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   const dim3 grid(static_cast<unsigned>(rows));
   kernel<<<grid, threads_for(arguments.layout), bytes, device.stream()>>>(arguments);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -50,8 +49,7 @@ UnpackedLogits unpack_logits(const Tensor& packed, std::string codec, int64_t k,
   const RecordTensors t =
       prepare_unpack(packed, k, has_labels, has_counts, {std::move(codec), vocab_size, std::move(temperatures)});
   if (packed.size(0) == 0) return unpacked(t);
-  const UnpackArguments arguments{t.layout, static_cast<const uint8_t*>(t.packed.data_ptr()),
-                                  t.fields<RecordOutput>()};
+  const UnpackArguments arguments{t.layout, static_cast<const uint8_t*>(t.packed.data_ptr()), t.fields<RecordOutput>()};
   launch<UnpackArguments>(unpack_logits_kernel, arguments, packed.size(0), device);
   return unpacked(t);
 }

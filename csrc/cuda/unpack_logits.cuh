@@ -129,7 +129,8 @@ __device__ __forceinline__ void write_entries(const RecordLayout& layout, const 
   int stored = 0;
   for (int t = 0; t < layout.shape.temperatures; ++t) {
     const float temperature = layout.shape.temperature[t];
-    const float sum = temperature == 1 ? 0 : log_sum(layout, shared, fminf(kept.largest + shift, 0.0f), temperature, sums);
+    const float sum =
+        temperature == 1 ? 0 : log_sum(layout, shared, fminf(kept.largest + shift, 0.0f), temperature, sums);
     const float norm = get_norm(layout, shared.words, t, sum, stored);
     if (threadIdx.x == 0) row.norm[t] = norm;
     __syncthreads();  // before `sums` is used again

@@ -2,8 +2,8 @@
 // (little endian) is the layout of bitpack.h.
 //
 // Fields are written by OR into words that start as zero, on the GPU atomically: the threads of a block write one row
-// together, in any order, with one result. Both functions touch the word after the one where a field starts, so a row of
-// n bits needs n / 32 + 2 words.
+// together, in any order, with one result. Both functions touch the word after the one where a field starts, so a row
+// of n bits needs n / 32 + 2 words.
 #pragma once
 
 #include <cstdint>

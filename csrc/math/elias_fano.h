@@ -1,7 +1,7 @@
 // Elias-Fano coding of up to k non-decreasing ids below V, in a number of bits that k and V alone decide.
 //
-// The low l bits of id i are stored plainly at i * l. Its high part h = id >> l is stored in unary, as the bit h + i of a
-// second field, so that i is known from the number of ones before it. k l + k + ((V - 1) >> l) bits in all; about
+// The low l bits of id i are stored plainly at i * l. Its high part h = id >> l is stored in unary, as the bit h + i of
+// a second field, so that i is known from the number of ones before it. k l + k + ((V - 1) >> l) bits in all; about
 // log2(V / k) + 2 bits an id at the best l (Elias 1974, Fano 1971). With fewer than k ids the field holds fewer ones.
 #pragma once
 

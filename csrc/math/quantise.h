@@ -5,8 +5,8 @@
 // the last place of `range`, where that rounded down); what lies more than 32 nats below the largest, a factor of
 // 1.3e-14, is stored as 32 nats below it.
 //
-// Every operation is a single correctly rounded one, so that CPU and GPU give the same code: no product is followed by a
-// sum that a compiler could contract.
+// Every operation is a single correctly rounded one, so that CPU and GPU give the same code: no product is followed by
+// a sum that a compiler could contract.
 #pragma once
 
 #include <cmath>

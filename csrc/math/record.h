@@ -114,10 +114,8 @@ struct RecordFields {
   // The fields of a position further on, where all are contiguous.
   DISTILLM_HD RecordFields row(const RecordShape& shape, int64_t r) const {
     const int64_t k = r * shape.entries, t = r * shape.temperatures;
-    return {ids + k,   logprobs + k,
-            norm + t,  tail + t,
-            label ? label + r : label,
-            valid + r, counts ? counts + k : counts};
+    return {
+        ids + k, logprobs + k, norm + t, tail + t, label ? label + r : label, valid + r, counts ? counts + k : counts};
   }
 };
 using RecordInput = RecordFields<const int32_t, const float, const bool>;
@@ -182,8 +180,7 @@ DISTILLM_HD void put_entry(const RecordLayout& layout, uint32_t* words, int i, i
 
 // Marks a place without an entry: id V where ids are plain, and -inf where values are stored bit by bit.
 DISTILLM_HD void put_padding(const RecordLayout& layout, uint32_t* words, int i) {
-  if (layout.plain_bits)
-    put_bits(words, layout.ids_at + i * layout.plain_bits, layout.shape.vocab, layout.plain_bits);
+  if (layout.plain_bits) put_bits(words, layout.ids_at + i * layout.plain_bits, layout.shape.vocab, layout.plain_bits);
   if (layout.exact()) put_bits(words, layout.values_at + i * 32, 0xff800000u, 32);
 }
 

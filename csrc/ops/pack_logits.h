@@ -1,5 +1,5 @@
-// Contract of the operators `pack_logits` and `unpack_logits`, shared by both backends: compressed logits of R positions
-// to and from packed records (csrc/math/record.h).
+// Contract of the operators `pack_logits` and `unpack_logits`, shared by both backends: compressed logits of R
+// positions to and from packed records (csrc/math/record.h).
 //
 //   ids [R, k] int32; logprobs [R, k], log_norm [R, T], tail_logprob [R, T], label_logprob [R] float32; valid [R] bool;
 //   counts [R, k] int32; label_logprob and counts may be absent.
@@ -37,8 +37,7 @@ struct RecordTensors {
 };
 
 inline RecordLayout checked_layout(const RecordOptions& options, int64_t k, bool labels, bool counts) {
-  const CheckedShape checked =
-      record_shape(options.codec, k, options.vocab_size, options.temperatures, labels, counts);
+  const CheckedShape checked = record_shape(options.codec, k, options.vocab_size, options.temperatures, labels, counts);
   STD_TORCH_CHECK(checked.error.empty(), checked.error);
   return record_layout(checked.shape);
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from . import extension  # noqa: F401  (loads the libraries)
 Unpacked = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result  # decided by constants, and no business of a traced graph
 def record_bytes(
     codec: str, k: int, vocab_size: int, temperatures: tuple[float, ...], has_labels: bool, has_counts: bool
 ) -> int:

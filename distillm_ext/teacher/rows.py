@@ -100,4 +100,4 @@ def sequences_of(tokens: Tokens | Sequence[Tokens]) -> list[Tokens]:
     if hasattr(tokens, "ndim"):
         return [tokens] if tokens.ndim == 1 else list(tokens)
     rows = list(tokens)
-    return [rows] if not rows or isinstance(rows[0], (int, np.integer)) else rows
+    return [rows] if rows and isinstance(rows[0], (int, np.integer)) else rows

@@ -72,7 +72,7 @@ class StoredRow:
         return row_key(self.tokens, self.spans)
 
     def checksum(self) -> int:
-        crc = zlib.crc32(self.key() + self.response_start.to_bytes(8, "little"))
+        crc = zlib.crc32(self.key() + self.response_start.to_bytes(8, "little", signed=True))
         for part in (self.spans, self.records, self.offsets):
             crc = zlib.crc32(part.data, crc)
         return crc

@@ -49,14 +49,14 @@ class CacheWriter:
             raise ValueError(f"shard_bytes must be positive, got {shard_bytes}")
         self.path, self.spec, self.rank, self.shard_bytes = Path(path), spec, rank, shard_bytes
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path / f"rank-{rank:05d}.lock", rank)
         self._pending: list[StoredRow] = []
         self._pending_bytes = 0
-        self._clean()
-        shards = collect_shards(self.path, spec)
-        self._keys = {bytes(key) for info in shards for key in Shard(self.path / info.file, info).keys}
-        numbers = [int(match[2]) for info in shards if (match := _NAME.fullmatch(info.file)) and int(match[1]) == rank]
-        self._next = max(numbers, default=-1) + 1
+        self._lock = _locked(self.path / f"rank-{rank:05d}.lock", rank)
+        try:
+            self._resume()
+        except BaseException:
+            os.close(self._lock)
+            raise
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -116,6 +116,14 @@ class CacheWriter:
         """Let go of the folder; rows that were not flushed are dropped."""
         self._pending, self._pending_bytes = [], 0
         os.close(self._lock)
+
+    def _resume(self) -> None:
+        """Finds the rows that are there, and the number of the next shard."""
+        self._clean()
+        shards = collect_shards(self.path, self.spec)
+        self._keys = {bytes(key) for info in shards for key in Shard(self.path / info.file, info).keys}
+        named = [match for info in shards if (match := _NAME.fullmatch(info.file))]
+        self._next = max((int(match[2]) + 1 for match in named if int(match[1]) == self.rank), default=0)
 
     def _clean(self) -> None:
         """Removes what a kill cut off: temporary files, and announcements of shards that never got their name."""
