@@ -103,7 +103,7 @@ def launch_shape(case: SamplingCase, arch: str) -> tuple[int, int]:
     room = (MAX_SHARED[int(arch.removeprefix("sm_"))] * 1024 - static - case.bitmap_bytes) // 16
     staged = min(case.chunks(), room)
     kilobytes = (case.bitmap_bytes + staged * 16) / 1024
-    filling = 1024 if kilobytes > 72 else 512 if kilobytes > 36 else 256
+    filling = 768 if kilobytes > 72 else 512 if kilobytes > 36 else 256
     return staged, min(filling, -(-case.chunks() // TILE_CHUNKS) * 32)
 
 

@@ -227,5 +227,5 @@ def test_race_check_sees_a_missing_barrier(barrier, tmp_path: Path, rng):
 def test_no_spills(arch):
     kernels = ptxas_report(arch, "sample_tokens.cu")
     assert len(kernels) == 3
-    assert [k for k in kernels if k.spill_bytes or k.stack_bytes or k.registers > 64] == []
+    assert [k for k in kernels if k.spill_bytes or k.stack_bytes or k.registers > 80] == []
     assert all(k.static_shared_bytes <= 48 * 1024 < MAX_SHARED[int(arch[3:])] * 1024 for k in kernels)
