@@ -163,7 +163,7 @@ __device__ __forceinline__ void write_no_token(const SampleCall& call, int64_t i
 // Blocks of whole warps; dynamic shared memory: the bitmaps where there are lists, then 16 bytes per staged chunk;
 // grid.x = rows.
 template <class T>
-__global__ void __launch_bounds__(kSampleThreads) sample_tokens_kernel(const SampleArguments a) {
+__global__ void __launch_bounds__(kSampleThreads, 1) sample_tokens_kernel(const SampleArguments a) {
   __shared__ SampleScratch scratch;
   extern __shared__ uint4 dynamic_shared[];
   const int64_t index = blockIdx.x;
