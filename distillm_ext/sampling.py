@@ -14,7 +14,7 @@ from .ops.sample_tokens import sample_tokens as sample_tokens_op
 
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_VOCABULARY = 1 << 20
-_INT64 = range(-(1 << 63), 1 << 63)
+_LEAST_INT64, _LARGEST_INT64 = -(1 << 63), (1 << 63) - 1
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
@@ -144,7 +144,7 @@ def _integer(value: int | Tensor, name: str, logits: Tensor, least: int | None =
         return value
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int or a tensor [rows], got {type(value).__name__}.")
-    if value not in _INT64 or (least is not None and value < least):
+    if not (_LEAST_INT64 if least is None else least) <= value <= _LARGEST_INT64:
         raise ValueError(f"{name} must be an int64{'' if least is None else f' >= {least}'}, got {value}.")
     return value
 

@@ -1,4 +1,4 @@
-"""`sample_tokens` on the CPU against the float64 oracle: kept sets, order of the draw, log-probabilities, edge cases."""
+"""`sample_tokens` on the CPU against the float64 oracle: kept sets, draws, log-probabilities, edge cases."""
 
 from __future__ import annotations
 

@@ -72,6 +72,7 @@ DISTILLM_HD float tempering_scale(float temperature) {
 }
 
 // A weight, or an exact sum of weights, as an integer.
+DISTILLM_HD uint64_t mass_of(float weight) { return static_cast<uint64_t>(weight * static_cast<float>(kMassUnits)); }
 DISTILLM_HD uint64_t mass_of(double weight) { return static_cast<uint64_t>(weight * kMassUnits); }
 
 DISTILLM_HD uint64_t multiply_high(uint64_t a, uint64_t b) {
