@@ -17,6 +17,9 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "str divergence, float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool "
       "detach_mixture, "
       "bool need_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def(
+      "topk_logits(Tensor logits, Tensor? labels, Tensor? position, int k, float[] temperatures, int seed) -> (Tensor "
+      "ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor label_logprob, Tensor valid, Tensor counts)");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");
   m.def("cpu_instruction_set() -> str");
   m.def("torch_version_built() -> str");

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compression import capture_from_hidden, compress_logits
     from .containers import CompressedLogits, TeacherHead
     from .functional import (
         DIVERGENCES,
@@ -43,6 +44,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 _HOME = {
     "containers": ("CompressedLogits", "TeacherHead"),
+    "compression": ("capture_from_hidden", "compress_logits"),
     "linear": ("linear_distillation_loss",),
     "functional": (
         "DIVERGENCES",
@@ -86,6 +88,8 @@ __all__ = [
     "__version__",
     "alpha_beta_loss",
     "build_info",
+    "capture_from_hidden",
+    "compress_logits",
     "distillation_loss",
     "forward_kl_loss",
     "generalized_js_loss",
