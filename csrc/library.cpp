@@ -41,6 +41,8 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "Tensor? counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str tail, "
       "float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool detach_mixture, "
       "int vocab_size, int teacher_vocab) -> Tensor loss");
+      "topk_logits(Tensor logits, Tensor? labels, Tensor? position, int k, float[] temperatures, int seed) -> (Tensor "
+      "ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor label_logprob, Tensor valid, Tensor counts)");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");
   m.def(
       "pack_logits(Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor? label_logprob, Tensor "

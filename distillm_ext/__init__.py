@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .containers import CompressedLogits, SampledTokens, TeacherHead
+    from .compression import capture_from_hidden, compress_logits
+    from .containers import CompressedLogits, TeacherHead
     from .functional import (
         DIVERGENCES,
         alpha_beta_loss,
@@ -44,6 +46,8 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 _HOME = {
     "containers": ("CompressedLogits", "SampledTokens", "TeacherHead"),
+    "containers": ("CompressedLogits", "TeacherHead"),
+    "compression": ("capture_from_hidden", "compress_logits"),
     "linear": ("linear_distillation_loss",),
     "functional": (
         "DIVERGENCES",
@@ -89,6 +93,8 @@ __all__ = [
     "__version__",
     "alpha_beta_loss",
     "build_info",
+    "capture_from_hidden",
+    "compress_logits",
     "distillation_loss",
     "forward_kl_loss",
     "generalized_js_loss",
