@@ -6,7 +6,7 @@ import torch
 from trainer_world import EOS, VOCAB, tiny_model
 from transformers import GenerationConfig
 
-from distillm_ext.generation import SamplingParams, filter_logits, generate_responses, sample_inverse_cdf
+from distillm_ext.generation import SamplingParams, generate_responses
 
 PROMPTS = [[1, 5, 6, 7, 8], [1, 9], [1, 10, 11]]
 
