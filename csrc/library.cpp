@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "detach_mixture, "
       "bool need_gradient) -> (Tensor loss, Tensor gradient)");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");
+  m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("cpu_instruction_set() -> str");
   m.def("torch_version_built() -> str");
 }

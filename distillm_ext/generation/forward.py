@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from distillm_ext.generation.linears import few_rows_linears
 from distillm_ext.generation.lockstep import Lockstep
 
 
@@ -93,10 +94,12 @@ class CausalForward:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """Evaluation mode and no gradient; the head sees the last position where the model has no option for that."""
+        """Evaluation mode, no gradient, linear layers for few rows; the head sees the last position where the model has
+        no option for that."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(few_rows_linears(self.model))
             if "logits_to_keep" not in self.accepts and self.head is not None:
                 stack.callback(self.head.register_forward_pre_hook(_last_position).remove)
             yield
