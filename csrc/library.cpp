@@ -19,6 +19,11 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "bool need_gradient) -> (Tensor loss, Tensor gradient)");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");
   m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "sample_tokens(Tensor logits, Tensor? temperature_rows, Tensor? top_k_rows, Tensor? top_p_rows, Tensor? "
+      "min_p_rows, Tensor? penalty_rows, Tensor? seed_rows, Tensor? position_rows, Tensor? previous, Tensor? banned, "
+      "Tensor? bits, float temperature, int top_k, float top_p, float min_p, float penalty, int seed, int position) "
+      "-> (Tensor token, Tensor logprob, Tensor filtered_logprob, Tensor valid)");
   m.def("cpu_instruction_set() -> str");
   m.def("torch_version_built() -> str");
 }

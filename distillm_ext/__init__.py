@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .containers import TeacherHead
+    from .containers import SampledTokens, TeacherHead
     from .functional import (
         DIVERGENCES,
         alpha_beta_loss,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         SkewReverseKLLoss,
         TotalVariationLoss,
     )
+    from .sampling import sample_tokens
 
 try:
     __version__ = version("distillm_ext")
@@ -42,7 +43,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _HOME = {
-    "containers": ("TeacherHead",),
+    "containers": ("SampledTokens", "TeacherHead"),
     "linear": ("linear_distillation_loss",),
     "functional": (
         "DIVERGENCES",
@@ -67,6 +68,7 @@ _HOME = {
         "TotalVariationLoss",
     ),
     "information": ("build_info",),
+    "sampling": ("sample_tokens",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -78,6 +80,7 @@ __all__ = [
     "GeneralizedJSLoss",
     "LinearDistillationLoss",
     "ReverseKLLoss",
+    "SampledTokens",
     "SkewKLLoss",
     "SkewReverseKLLoss",
     "TeacherHead",
@@ -90,6 +93,7 @@ __all__ = [
     "generalized_js_loss",
     "linear_distillation_loss",
     "reverse_kl_loss",
+    "sample_tokens",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "total_variation_loss",
