@@ -6,7 +6,19 @@ Example:
     ...                                eos_token_ids=(2,), seeds=range(len(prompts)))
 """
 
+from distillm_ext.generation.engine import Engine, LocalEngine, full_weights
 from distillm_ext.generation.generate import GeneratedTokens, Responses, generate, generate_responses
 from distillm_ext.generation.sampling import SamplingParams
+from distillm_ext.generation.vllm import VllmEngine
 
-__all__ = ["GeneratedTokens", "Responses", "SamplingParams", "generate", "generate_responses"]
+__all__ = [
+    "Engine",
+    "GeneratedTokens",
+    "LocalEngine",
+    "Responses",
+    "SamplingParams",
+    "VllmEngine",
+    "full_weights",
+    "generate",
+    "generate_responses",
+]
