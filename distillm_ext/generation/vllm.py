@@ -20,6 +20,8 @@ from distillm_ext.generation.sampling import SamplingParams
 
 # Weights are handed over in parts of this size: a whole model twice would not fit beside its training state.
 _PART_BYTES = 1 << 30
+# vLLM reads the seed −1 as none.
+_SEEDS = (1 << 63) - 1
 
 
 def _load_part(model: Any, *, weights: list[tuple[str, Tensor]]) -> None:
@@ -77,13 +79,14 @@ class VllmEngine(Engine):
             raise ValueError(f"seeds: expected one per prompt ({len(prompts)}), got {len(seeds)}")
         if not prompts:
             return Responses([], [], [])
+        whole = vocab_size is None or vocab_size >= self.llm.llm_engine.model_config.get_vocab_size()
         shared = dict(
             temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p,
             stop_token_ids=list(eos_token_ids), ignore_eos=True, logprobs=0, detokenize=False,
-            allowed_token_ids=None if vocab_size is None else list(range(vocab_size)),
+            allowed_token_ids=None if whole else list(range(vocab_size or 0)),
         )  # fmt: skip
         requests = [
-            self._vllm.SamplingParams(max_tokens=limit, seed=None if seeds is None else _signed(seeds[row]), **shared)
+            self._vllm.SamplingParams(max_tokens=limit, seed=None if seeds is None else int(seeds[row]) & _SEEDS, **shared)
             for row, limit in enumerate(limits)
         ]
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
@@ -110,9 +113,3 @@ class VllmEngine(Engine):
         if part:
             self.llm.apply_model(partial(_load_part, weights=part))
         self.llm.reset_prefix_cache()
-
-
-def _signed(seed: int) -> int:
-    """The seed as a signed 64-bit number, the range that vLLM's generators take."""
-    word = int(seed) & ((1 << 64) - 1)
-    return word - (1 << 64) if word >= 1 << 63 else word
