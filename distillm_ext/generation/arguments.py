@@ -55,7 +55,7 @@ def row_limits(value: Any, rows: int, defaults: Any) -> list[int]:
         value = getattr(defaults, "max_new_tokens", None) or _DEFAULT_NEW_TOKENS
     if isinstance(value, Tensor):
         value = value.tolist()
-    limits = [value] * rows if isinstance(value, (int, np.integer)) else list(value)
+    limits = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * rows
     if len(limits) != rows:
         raise ValueError(f"max_new_tokens: expected an int or one per row ({rows}), got {len(limits)}")
     for limit in limits if rows else [value]:

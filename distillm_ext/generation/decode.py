@@ -168,6 +168,8 @@ class DecodeLoop:
         request, rows, age = self.request, self.row[slots], self.age[slots]
         if request.vocab_size is not None:
             logits = logits[:, : request.vocab_size]
+        if logits.dtype == torch.float64:
+            logits = logits.float()  # the sampler's masses have fewer bits than either
         drawn = sample_tokens(logits, **request.sampling_of(rows), seed=request.seeds[rows], position=age)
         ended = (drawn.tokens.unsqueeze(1) == request.ends[rows]).any(dim=1)
         self.record.add(rows, age, drawn, self.going[slots], ended)

@@ -112,7 +112,7 @@ class LocalEngine(Engine):
         """
         if self.shares_weights:
             raise ValueError("update_weights: this engine generates with the trained model itself")
-        model = causal_model(unwrapped(self._model()))
+        model = causal_model(self._model())
         known = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
         for name, tensor in weights:
             if name not in known:

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from distillm_ext.generation.linears import few_rows_linears
-from distillm_ext.generation.lockstep import Lockstep
+from distillm_ext.generation.lockstep import Lockstep, is_sharded
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -28,18 +29,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def causal_model(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT model or an FSDP wrapper.
+    """The transformers model inside whatever wraps it.
 
     Raises:
+        TypeError: not a causal language model.
         ValueError: the adapter puts virtual tokens before the prompt.
     """
-    configs = getattr(model, "peft_config", None)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
+    inner = unwrapped(model)
+    configs = getattr(inner, "peft_config", None)
     if isinstance(configs, dict) and any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
         raise ValueError(
             "model: its adapter puts virtual tokens before the prompt (prompt or prefix tuning), which the decode loop "
             "does not support; use LoRA or another adapter of the weights"
         )
-    return model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", model)
+    causal: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", inner)
+    if not hasattr(causal, "config") or not hasattr(causal, "get_output_embeddings"):
+        raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
+    return causal
 
 
 @contextlib.contextmanager
@@ -63,7 +71,7 @@ class CausalForward:
 
     Args:
         model: a causal LM of transformers, bare, PEFT, or wrapped for distribution.
-        lockstep: how processes with a sharded model keep step; told before every forward pass.
+        group: the processes that share a sharded model; None is all.
 
     Attributes:
         config: the model's configuration.
@@ -74,16 +82,12 @@ class CausalForward:
         ValueError: a model without a cache of keys and values.
     """
 
-    def __init__(self, model: nn.Module, lockstep: Lockstep) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        causal = causal_model(model)
         self.model = unwrapped(model)
-        self.lockstep = lockstep
-        causal = causal_model(self.model)
-        if not hasattr(causal, "config") or not hasattr(causal, "get_output_embeddings"):
-            raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
         self.config = causal.config
         self.device = causal.get_input_embeddings().weight.device
+        self.lockstep = Lockstep(is_sharded(self.model), self.device, group)
         self.head = causal.get_output_embeddings()
         self.accepts = set(inspect.signature(causal.forward).parameters)
         if "past_key_values" not in self.accepts:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from distillm_ext.generation import arguments
 from distillm_ext.generation.decode import DecodeLoop, Request
-from distillm_ext.generation.forward import CausalForward, causal_model, unwrapped
-from distillm_ext.generation.lockstep import Lockstep, is_sharded
+from distillm_ext.generation.forward import CausalForward, causal_model
 from distillm_ext.generation.plan import longest_first
 from distillm_ext.generation.record import Record
 from distillm_ext.generation.sampling import SamplingParams
@@ -132,15 +131,16 @@ def _generate(
     """`generate` for prompts that end in the last column and whose lengths the host knows."""
     rows = len(lengths)
     arguments.check_rows(lengths)
-    defaults = getattr(causal_model(unwrapped(model)), "generation_config", None)
+    defaults = getattr(causal_model(model), "generation_config", None)
     limits = arguments.row_limits(max_new_tokens, rows, defaults)
     ends = arguments.row_ends(eos_token_ids, rows, defaults)
     sampling = arguments.row_sampling(params, rows)
     keys = arguments.row_seeds(seeds, rows, sampling)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: expected an int >= 1, got {batch_size}")
-    device = causal_model(unwrapped(model)).get_input_embeddings().weight.device
-    forward = CausalForward(model, Lockstep(is_sharded(model), device, process_group))
+    for name, value in (("batch_size", batch_size), ("vocab_size", vocab_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {value}")
+    forward = CausalForward(model, process_group)
+    device = forward.device
     record = Record(rows, max(limits, default=0), device)
     with forward.ready():
         if rows:
