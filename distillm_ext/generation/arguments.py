@@ -55,10 +55,11 @@ def row_limits(value: Any, rows: int, defaults: Any) -> list[int]:
         value = getattr(defaults, "max_new_tokens", None) or _DEFAULT_NEW_TOKENS
     if isinstance(value, Tensor):
         value = value.tolist()
-    limits = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value] * rows
+    listed = isinstance(value, (Sequence, np.ndarray))
+    limits = list(value) if listed else [value] * rows
     if len(limits) != rows:
         raise ValueError(f"max_new_tokens: expected an int or one per row ({rows}), got {len(limits)}")
-    for limit in limits if rows else [value]:
+    for limit in limits if listed else [value]:
         if isinstance(limit, bool) or not isinstance(limit, (int, np.integer)):
             raise TypeError(f"max_new_tokens: expected int, got {limit!r} ({type(limit).__name__})")
         if limit < 1:
