@@ -44,6 +44,7 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "topk_logits(Tensor logits, Tensor? labels, Tensor? position, int k, float[] temperatures, int seed) -> (Tensor "
       "ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor label_logprob, Tensor valid, Tensor counts)");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");
+  m.def("few_rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "pack_logits(Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor? label_logprob, Tensor "
       "valid, Tensor? counts, int vocab_size, float[] temperatures, str codec) -> Tensor");
