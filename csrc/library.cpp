@@ -18,15 +18,6 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "detach_mixture, int vocab_size, bool need_gradient, bool need_metrics) -> "
       "(Tensor loss, Tensor gradient, Tensor metrics)");
   m.def(
-      "sparse_divergence(Tensor student, Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor? "
-      "counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str tail, float alpha, "
-      "float beta, float temperature, float ce_weight, int teacher_vocab, int ignore_index, bool detach_mixture, "
-      "bool need_gradient) -> (Tensor loss, Tensor gradient)");
-  m.def(
-      "divergence_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? "
-      "cap, "
-      "str divergence, float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool "
-      "detach_mixture, int vocab_size, bool need_metrics) -> (Tensor loss, Tensor metrics)");
       "divergence_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? "
       "cap, "
       "str divergence, float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool "
@@ -41,6 +32,7 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "Tensor? counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str tail, "
       "float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool detach_mixture, "
       "int vocab_size, int teacher_vocab) -> Tensor loss");
+  m.def(
       "topk_logits(Tensor logits, Tensor? labels, Tensor? position, int k, float[] temperatures, int seed) -> (Tensor "
       "ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor label_logprob, Tensor valid, Tensor counts)");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");

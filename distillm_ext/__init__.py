@@ -10,9 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .containers import CompressedLogits, SampledTokens, TeacherHead
     from .compression import capture_from_hidden, compress_logits
-    from .containers import CompressedLogits, TeacherHead
+    from .containers import CompressedLogits, DivergenceMetrics, SampledTokens, TeacherHead
     from .functional import (
         DIVERGENCES,
         alpha_beta_loss,
@@ -45,8 +44,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _HOME = {
-    "containers": ("CompressedLogits", "SampledTokens", "TeacherHead"),
-    "containers": ("CompressedLogits", "TeacherHead"),
+    "containers": ("CompressedLogits", "DivergenceMetrics", "SampledTokens", "TeacherHead"),
     "compression": ("capture_from_hidden", "compress_logits"),
     "linear": ("linear_distillation_loss",),
     "functional": (
@@ -81,6 +79,7 @@ __all__ = [
     "CompressedLogits",
     "DIVERGENCES",
     "DistillationLoss",
+    "DivergenceMetrics",
     "ForwardKLLoss",
     "GeneralizedJSLoss",
     "LinearDistillationLoss",
