@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .ops.divergence import DivergenceOptions, loss_dtype
 from .ops.extension import require_backend
-from .options import checked_number
+from .options import TAILS, checked_number
 
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,6 +41,13 @@ def _check_vocab_size(vocab_size: int, narrower: int) -> None:
         raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}.")
     if not 1 <= vocab_size <= narrower:
         raise ValueError(f"vocab_size must lie in 1..{narrower}, the narrower vocabulary, got {vocab_size}.")
+
+
+def _check_tail(tail: str, compressed: bool) -> None:
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {tail!r}.")
+    if tail != "bucket" and not compressed:
+        raise ValueError(f"tail is an option of a CompressedLogits teacher, got tail={tail!r} with a tensor of logits.")
 
 
 def _check_inplace(student: Tensor) -> None:

@@ -86,7 +86,7 @@ class SystematicRow {
     Real buffer[kBlock], exponentials[kBlock];
     const int64_t first = block * kBlock, entries = entries_from(first, kBlock);
     const Real* z = row_.tile(first, entries, buffer);
-    tile_exponentials(z, entries, maximum_, kScale, exponentials);
+    tile_exponentials<false>(z, entries, maximum_, kScale, exponentials);
     int64_t last = entries - 1;
     while (last > 0 && exponentials[last] == 0) --last;
     double cumulative = before;

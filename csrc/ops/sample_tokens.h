@@ -26,7 +26,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // The arguments as the schema lists them.
-struct SampleArguments {
+struct SampleInputs {
   Tensor logits;
   std::optional<Tensor> temperature_rows, top_k_rows, top_p_rows, min_p_rows, penalty_rows, seed_rows, position_rows;
   std::optional<Tensor> previous, banned, bits;
@@ -34,7 +34,7 @@ struct SampleArguments {
 
 // Keeps the tensors that a SampleCall points into alive.
 struct SampleTensors {
-  SampleArguments in;
+  SampleInputs in;
   Tensor token, logprob, filtered_logprob, valid;
   SampleCall call;
   ScalarType type;
@@ -69,7 +69,7 @@ PerRow<T> checked_parameter(std::optional<Tensor>& x, const char* name, ScalarTy
   return {static_cast<const T*>(x->data_ptr()), value};
 }
 
-inline void check_lists(SampleArguments& in, SampleCall& call) {
+inline void check_lists(SampleInputs& in, SampleCall& call) {
   check_side(in.previous, "previous_tokens", ScalarType::Long, in.logits);
   check_side(in.banned, "banned", ScalarType::Bool, in.logits);
   if (in.previous) {
@@ -89,7 +89,7 @@ inline void check_lists(SampleArguments& in, SampleCall& call) {
 }
 
 // Checks every argument, brings layouts into the form above and allocates the outputs.
-inline SampleTensors prepare_sample(SampleArguments in, double temperature, int64_t top_k, double top_p, double min_p,
+inline SampleTensors prepare_sample(SampleInputs in, double temperature, int64_t top_k, double top_p, double min_p,
                                     double penalty, int64_t seed, int64_t position) {
   check_sampled_logits(in.logits);
   if (in.logits.size(1) > 1 && in.logits.stride(1) != 1) in.logits = torch::stable::contiguous(in.logits);

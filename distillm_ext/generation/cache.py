@@ -1,8 +1,8 @@
 """The key-value cache of the decode loop: rows join and leave a batch without the others being copied.
 
-transformers' `DynamicCache` concatenates every layer's keys and values at every step and copies the whole cache when rows
-leave. `RowCache` writes into buffers allocated once: a step writes one column, a row that leaves is replaced by the last
-one, and prompts of different lengths are prefilled one length at a time into the places where they belong.
+transformers' `DynamicCache` concatenates every layer's keys and values at every step and copies it all when rows
+leave. `RowCache` writes into buffers allocated once: a step writes one column, a row that leaves is replaced by the
+last one, and prompts of different lengths are prefilled one length at a time into the places where they belong.
 """
 
 from __future__ import annotations
@@ -61,11 +61,14 @@ class RowLayer(DynamicLayer):
         window = self.window
         end = window.stop + key_states.shape[-2]
         found = []
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+        for buffer, states in zip(self._buffers(), (key_states, value_states), strict=True):
             rows = buffer[window.first : window.last]
             rows[:, :, window.stop : end] = states
             found.append(rows[:, :, window.start : end])
         return found[0], found[1]
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for buffer in (self.keys, self.values) if self.is_initialized and buffer is not None]
 
     def get_seq_length(self) -> int:
         return self.window.stop - self.window.start
@@ -73,17 +76,17 @@ class RowLayer(DynamicLayer):
     def move_rows(self, source: Tensor, target: Tensor) -> None:
         """Copies the columns of the window in rows `source` to rows `target`."""
         columns = slice(self.window.start, self.window.stop)
-        for buffer in (self.keys, self.values) if self.is_initialized else ():
+        for buffer in self._buffers():
             buffer[target, :, columns] = buffer[source, :, columns]
 
     def clear(self, rows: slice, columns: slice) -> None:
         """Zeros in some columns of some rows."""
-        for buffer in (self.keys, self.values) if self.is_initialized else ():
+        for buffer in self._buffers():
             buffer[rows, :, columns] = 0
 
     def move_columns(self, rows: int, start: int, stop: int) -> None:
         """Copies the columns [start, stop) of the first `rows` rows to the left end."""
-        for buffer in (self.keys, self.values) if self.is_initialized else ():
+        for buffer in self._buffers():
             buffer[:rows, :, : stop - start] = buffer[:rows, :, start:stop].clone()
 
 
@@ -136,10 +139,10 @@ def supports_rows(config: Any) -> bool:
 def select_rows(cache: DynamicCache, indices: Tensor) -> None:
     """Keeps the rows `indices` of any transformers cache, copying it whole.
 
-    `reorder_cache` rather than `batch_select_indices`: layers with a recurrent state beside their keys reorder both, but
+    `reorder_cache`, not `batch_select_indices`: layers with a recurrent state beside their keys reorder both, but
     select in their keys alone.
     """
-    cache.reorder_cache(indices)
+    cache.reorder_cache(indices)  # type: ignore[arg-type]
 
 
 def column_mask(starts: Tensor, width: int) -> Tensor:

@@ -53,7 +53,7 @@ def few_rows_linears(model: nn.Module) -> Iterator[None]:
     if not torch.is_autocast_enabled("cpu"):
         replaced = [module for module in model.modules() if _takes_kernel(module)]
     for module in replaced:
-        module.forward = _forward(module)
+        module.forward = _forward(module)  # type: ignore[arg-type]
     try:
         yield
     finally:

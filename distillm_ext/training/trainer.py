@@ -53,7 +53,7 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
         processing_class: the tokenizer, shared by student and teacher.
         lm_dataset: plain text (`text` or `input_ids`) for the additional language-modelling loss, in place of the file
             that `args.lm_dataset` names.
-        generation_engine: generates the student's responses; None is the decode loop of `distillm_ext.generation` on the
+        generation_engine: generates responses; None is the decode loop of `distillm_ext.generation` on the
             student itself. An engine with a copy of the weights gets the newest before each generation.
         callbacks, optimizers: as in `transformers.Trainer`.
 
