@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .information import build_info
     from .linear import linear_distillation_loss
     from .losses import (
+        AdaptiveKLLoss,
         AlphaBetaLoss,
         DistillationLoss,
         ForwardKLLoss,
@@ -59,6 +60,7 @@ _HOME = {
         "skew_reverse_kl_loss",
     ),
     "losses": (
+        "AdaptiveKLLoss",
         "AlphaBetaLoss",
         "DistillationLoss",
         "ForwardKLLoss",
@@ -75,6 +77,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AdaptiveKLLoss",
     "AlphaBetaLoss",
     "CompressedLogits",
     "DIVERGENCES",

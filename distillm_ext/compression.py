@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .containers import CompressedLogits, LinearHead
+from .containers_compressed import METHODS
 from .linear_checks import _check_head, checked_chunk
 from .ops.extension import require_backend
 from .ops.linear_chunks import MIN_CHUNK_ROWS, project
 from .ops.topk_logits import TopkLogits, topk_logits
 
-METHODS = ("topk", "sample")
 MAX_TEMPERATURES = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What the logits of one chunk of `capture_from_hidden` may take.
@@ -116,7 +116,7 @@ def capture_from_hidden(
     _check_head(LinearHead(hidden, weight, bias, softcap, scale), ("hidden", "weight", "bias", "softcap", "scale"))
     if weight.dtype == torch.float64 and weight.device.type == "cuda":
         raise TypeError("weight must be float32, bfloat16 or float16 on CUDA; float64 is for the CPU.")
-    _check_device(hidden.device, "hidden")
+    require_backend(hidden.device, "hidden")
     shape, vocab = hidden.shape[:-1], weight.shape[0]
     _check_k(k, vocab)
     temperatures = _checked_temperatures(temperatures)
@@ -182,13 +182,7 @@ def _check_logits(logits: Tensor) -> None:
         )
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {list(logits.shape)}.")
-    _check_device(logits.device, "logits")
-
-
-def _check_device(device: torch.device, name: str) -> None:
-    if device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"{name} must be on a CPU or CUDA device, got {device}.")
-    require_backend(device)
+    require_backend(logits.device, "logits")
 
 
 def _check_k(k: int, vocab: int) -> None:

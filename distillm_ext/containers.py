@@ -69,7 +69,7 @@ class SampledTokens:
 
 @dataclass(frozen=True, eq=False)
 class DivergenceMetrics:
-    """What `return_metrics=True` adds to a loss, from the same pass over the logits; detached.
+    """What `return_metrics=True` adds to a loss, from the same call; detached.
 
     Positions that are left out (ignored label, weight 0) read 0, those whose loss is NaN read NaN.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+METHODS = ("topk", "sample")
 PADDING_ID = -1
 
 # What follows the position dimensions in each field.

@@ -21,29 +21,19 @@ from .arguments import (
     _rows_of,
 )
 from .containers import CompressedLogits, DivergenceMetrics
-from .ops.divergence import DivergenceOptions, loss_dtype
+from .ops.divergence import DivergenceOptions, RowSides, loss_dtype
 from .ops.divergence import divergence as divergence_op
 from .ops.divergence_inplace import divergence_inplace
-from .ops.sparse_divergence import CompressedRows, SparseSides, sparse_divergence
+from .ops.sparse_divergence import CompressedRows, sparse_divergence
 from .options import DIVERGENCES as DIVERGENCES
 from .options import checked_options
 from .sparse import checked_compressed
-
-
-class _Sides(NamedTuple):
-    """The side inputs of the rows, flat."""
-
-    labels: Tensor | None
-    weight: Tensor | None  # the division of "mean" included
-    alpha: Tensor | None
-    cap: Tensor | None
 
 
 class _Request(NamedTuple):
     """How a loss is to be computed, beside its hyper-parameters."""
 
     vocab_size: int  # 0: all
-    tail: str
     inplace: bool
     metrics: bool
 
@@ -155,7 +145,7 @@ def distillation_loss(  # type: ignore[misc]
             must be computed from something that requires a gradient (not a leaf), and hold the gradient afterwards:
             whoever needs their values comes first. Eager mode only, one backward pass. Where gradients are disabled
             nothing is overwritten.
-        return_metrics: also return `DivergenceMetrics`, from the same pass.
+        return_metrics: also return `DivergenceMetrics`: on the CPU from the same pass, on CUDA from a launch before it.
 
     Returns:
         Scalar, or [...] for reduction "none"; float32 (float64 for float64 logits). With ``return_metrics`` a pair of
@@ -173,9 +163,8 @@ def distillation_loss(  # type: ignore[misc]
         >>> loss = distillation_loss(student_logits, teacher_logits, labels, divergence="skew_kl", alpha=0.1)
         >>> loss.backward()
     """
-    compressed = isinstance(teacher, CompressedLogits)
     _check_logits(student_logits, student_logits if isinstance(teacher, CompressedLogits) else teacher)
-    _check_tail(tail, compressed)
+    _check_tail(tail, compressed=isinstance(teacher, CompressedLogits))
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
     if ce_weight != 0 and labels is None:
         raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
@@ -186,13 +175,13 @@ def distillation_loss(  # type: ignore[misc]
     shape = student_logits.shape[:-1]
     rows = _rows_of(student_logits, loss_dtype(student_logits.dtype))
     flat_labels, flat_weight = rows(labels, "labels", integer=True), rows(weight, "weight")
-    sides = _Sides(
+    sides = RowSides(
         flat_labels,
         _row_weight(flat_weight, flat_labels, shape, student_logits, reduction, num_items, ignore_index),
         rows(alpha if isinstance(alpha, Tensor) else None, "alpha"),
         rows(_cap_tensor(cap, student_logits), "cap"),
     )
-    request = _Request(vocab_size or 0, tail, inplace, return_metrics)
+    request = _Request(vocab_size or 0, inplace, return_metrics)
     row_losses, metrics = _row_losses(student_logits, teacher_rows, sides, options, request)
     loss = row_losses.reshape(shape) if reduction == "none" else row_losses.sum()
     return (loss, DivergenceMetrics.from_rows(metrics, shape)) if return_metrics else loss
@@ -228,14 +217,12 @@ def _checked_teacher(
 
 
 def _row_losses(
-    student: Tensor, teacher: Tensor | CompressedRows, sides: _Sides, options: DivergenceOptions, request: _Request
+    student: Tensor, teacher: Tensor | CompressedRows, sides: RowSides, options: DivergenceOptions, request: _Request
 ) -> tuple[Tensor, Tensor]:
     """Losses [R] and metrics [R, 3] (or [0]): the one place where the kind of teacher matters."""
     rows = _as_rows(student)
     if isinstance(teacher, CompressedRows):
-        loss = sparse_divergence(
-            rows, teacher, SparseSides(*sides), options, vocab_size=request.vocab_size, inplace=request.inplace
-        )
+        loss = sparse_divergence(rows, teacher, sides, options, vocab_size=request.vocab_size, inplace=request.inplace)
         return loss, loss.new_empty(0)
     operator = divergence_inplace if request.inplace else divergence_op
     return operator(rows, teacher, *sides, options, vocab_size=request.vocab_size, need_metrics=request.metrics)

@@ -37,12 +37,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .containers_compressed import CompressedLogits
+from .containers_compressed import METHODS, CompressedLogits
 from .ops import pack_logits as ops
 from .ops.extension import require_backend
 
 CODECS = ("q4", "q6", "q8", "fp16", "exact")
-METHODS = ("topk", "sample")
 
 
 def _checked_codec(codec: str) -> str:
@@ -104,7 +103,7 @@ def pack(compressed: CompressedLogits, codec: str = "q8") -> Tensor:
         raise TypeError(f"compressed must be CompressedLogits, got {type(compressed).__name__}")
     if _checked_codec(codec) == "exact" and compressed.logprobs.dtype == torch.float64:
         raise TypeError("codec 'exact' stores float32, got float64 log-probabilities; convert them or use 'fp16'")
-    require_backend(compressed.device)
+    require_backend(compressed.device, "compressed")
     # Before the operator, so that a bad setting is a ValueError.
     ops.record_bytes(
         codec,
@@ -160,7 +159,7 @@ def unpack(
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
         got = packed.dtype if isinstance(packed, Tensor) else type(packed).__name__
         raise TypeError(f"packed must be a tensor of dtype torch.uint8, got {got}")
-    require_backend(packed.device)
+    require_backend(packed.device, "packed")
     temperatures = _checked_temperatures(temperatures)
     widths = [
         record_bytes(codec, k=k, vocab_size=vocab_size, temperatures=temperatures, labels=labels, method=method)

@@ -104,7 +104,7 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(
             f"logits must have shape [rows, V] with 1 <= V <= {_MAX_VOCABULARY}, got {list(logits.shape)}."
         )
-    require_backend(logits.device)
+    require_backend(logits.device, "logits")
 
 
 def _check_rows(value: Tensor, name: str, logits: Tensor) -> None:

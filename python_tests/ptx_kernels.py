@@ -75,6 +75,8 @@ class DivergenceCase:
     detach_mixture: bool = False
     need_gradient: bool = True
     in_place: bool = False
+    need_metrics: bool = False
+    student_blocks: np.ndarray | None = None  # [B, S, V]: where the rows of `student` lie, with two strides
     staged_chunks: int | None = None  # per row; None: all of them
 
     def __post_init__(self) -> None:
@@ -104,17 +106,25 @@ class DivergenceResult:
     loss: np.ndarray
     gradient: np.ndarray | None
     counters: ptxsim.Counters
+    metrics: np.ndarray | None = None
 
 
-def _storage(array: np.ndarray) -> np.ndarray:
+def flat_storage(array: np.ndarray) -> np.ndarray:
     """The memory from a view's first to its last entry, as a flat view of the array that the view was made from: ptxsim
     then gives it the same alignment."""
     root = array
     while isinstance(root.base, np.ndarray):
         root = root.base
     first = (array.ctypes.data - root.ctypes.data) // array.itemsize
-    rows, columns = array.shape
-    return root.reshape(-1)[first : first + (rows - 1) * (array.strides[0] // array.itemsize) + columns]
+    last = sum((size - 1) * stride // array.itemsize for size, stride in zip(array.shape, array.strides, strict=True))
+    return root.reshape(-1)[first : first + last + 1]
+
+
+def row_layout(array: np.ndarray) -> list[np.int64]:
+    """The fields of RowLayout for [R, V] or [B, S, V]."""
+    strides = [stride // array.itemsize for stride in array.strides]
+    per_block = np.iinfo(np.int64).max if array.ndim == 2 else array.shape[1]
+    return [np.int64(per_block), np.int64(0 if array.ndim == 2 else strides[0]), np.int64(strides[-2])]
 
 
 def launch_divergence(
@@ -126,32 +136,32 @@ def launch_divergence(
 ) -> DivergenceResult:
     """Runs the kernel; `options` go to Simulator.launch."""
     rows, vocab = case.student.shape
-    student, teacher = _storage(case.student), _storage(case.teacher)
+    placed = case.student if case.student_blocks is None else case.student_blocks
+    student, teacher = flat_storage(placed), flat_storage(case.teacher)
     loss = np.full(rows, 7, np.float32)
+    metrics = np.full((rows, 3), 7, np.float32) if case.need_metrics else None
     gradient = None
     if case.need_gradient:
-        gradient = case.student if case.in_place else np.full((rows, vocab), 7, case.student.dtype)
-    target = _storage(gradient) if case.need_gradient else None
+        gradient = placed if case.in_place else np.full((rows, vocab), 7, case.student.dtype)
+    target = flat_storage(gradient) if case.need_gradient else None
     if case.in_place:
         target = student
     arguments = ptxsim.Struct(
         student, teacher,
-        np.int64(case.student.strides[0] // case.student.itemsize),
-        np.int64(case.teacher.strides[0] // case.teacher.itemsize),
+        *row_layout(placed), *row_layout(case.teacher), *row_layout(placed if gradient is None else gradient),
         np.int32(vocab), np.int32(case.teacher.shape[1]), np.int32(TYPE_NUMBERS[type_name(case.teacher)]),
         np.int32(case.staging()),
-        case.labels, case.weight, case.alpha_rows, case.cap, loss, target, np.int64(case.ignore_index),
+        case.labels, case.weight, case.alpha_rows, case.cap, loss, target, metrics, np.int64(case.ignore_index),
         np.float32(case.alpha), np.float32(case.beta), np.float32(1 / case.temperature), np.float32(case.ce_weight),
         np.int32(case.detach_mixture),
     )  # fmt: skip
     module = module or divergence_module(arch, case.divergence, case.student, case.teacher)
-    counters = module.launch(
-        "divergence_kernel", rows, threads, [arguments],
-        shared_bytes=case.staging() * case.slot_bytes,
-        readonly=[teacher] if case.in_place else [student, teacher],
-        **options,
-    )  # fmt: skip
-    return DivergenceResult(loss, gradient, counters)
+    launching = dict(options, shared_bytes=case.staging() * case.slot_bytes)
+    if case.need_metrics:
+        module.launch("row_metrics_kernel", rows, threads, [arguments], readonly=[student, teacher], **launching)
+    readonly = [teacher] if case.in_place else [student, teacher]
+    counters = module.launch("divergence_kernel", rows, threads, [arguments], readonly=readonly, **launching)
+    return DivergenceResult(loss, gradient, counters, metrics)
 
 
 def launch_shape(case: DivergenceCase, arch: str) -> tuple[int, int]:

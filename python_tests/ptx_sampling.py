@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import ptxsim
-from ptx_kernels import _storage, compiled, type_name
+from ptx_kernels import compiled, flat_storage, type_name
 from ptxsim.module import MAX_SHARED
 
 TILE_CHUNKS = 128
@@ -69,7 +69,7 @@ def launch_sampling(
 ) -> SamplingResult:
     """Runs the kernel; `options` go to Simulator.launch."""
     rows, vocab = case.logits.shape
-    logits = _storage(case.logits)
+    logits = flat_storage(case.logits)
     outputs = [
         np.full(rows, 7, np.int64),
         *(np.full(rows, 7, np.float32) for _ in range(2)),

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import ptxsim
 import pytest
-from divergence_oracle import reference
+from divergence_oracle import log_softmax, reference
 from ptx_kernels import FUNCTORS, DivergenceCase, divergence_module, launch_divergence, ptxas_report
 
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
@@ -204,6 +204,54 @@ def test_in_place(staged, rng):
             check(case, seed=seed)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("vocab", [517, 520])
+def test_blocks_of_rows(vocab, in_place, rng):
+    """Rows with two strides, as in logits[:, :-1]; in place the rows between the blocks stay as they are."""
+    whole = logits(rng, 8, vocab, BF16).reshape(2, 4, vocab)
+    before, blocks = whole.copy(), whole[:, :3]
+    rows = blocks.reshape(6, vocab)  # a copy: the oracle's
+    case = DivergenceCase(rows, logits(rng, 6, vocab, BF16), student_blocks=blocks, in_place=in_place)
+    loss, gradient, magnitude = reference(case)
+    result = run(case)
+    np.testing.assert_allclose(result.loss, loss, rtol=2e-5, atol=3e-6)
+    got = result.gradient.reshape(6, vocab).astype(np.float64)
+    assert (np.abs(got - gradient) <= ROUNDING[BF16] * np.abs(gradient) + 5e-6 * magnitude + 1e-15).all()
+    np.testing.assert_array_equal(whole if not in_place else whole[:, 3], before if not in_place else before[:, 3])
+
+
+def expected_metrics(case: DivergenceCase, row: int) -> list[float]:
+    entropies = []
+    for side in (case.teacher, case.student):
+        log_p = log_softmax(side[row].astype(np.float64) / case.temperature)
+        entropies.append(-sum(np.exp(x) * x for x in log_p if x > -np.inf))
+    return [*entropies, float(case.teacher[row].argmax() == case.student[row].argmax())]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("staged", [0, 9, None])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_metrics(dtype, staged, arch, rng):
+    student, teacher = logits(rng, 6, 517, dtype), logits(rng, 6, 517, dtype)
+    student[0, 100] = teacher[0, 100] = teacher[0, 400] = 40  # of equal largest logits the first counts,
+    student[1, 8] = teacher[1, 8] = teacher[1, 9] = 20  # in one thread's chunk too
+    student[2, 5:] = -np.inf
+    teacher[4, 3] = np.nan
+    labels = np.array([1, 2, 3, -100, 4, 517])  # row 5: a label that makes its loss NaN
+    for in_place, temperature in ((False, 1.0), (True, 2.0)):
+        case = DivergenceCase(
+            student.copy(), teacher, labels=labels, ce_weight=0.5, temperature=temperature, in_place=in_place,
+            need_metrics=True, staged_chunks=staged,
+        )  # fmt: skip
+        expected = np.array([expected_metrics(case, row) for row in range(3)])
+        result = run(case, arch, threads=96, seed=3)
+        np.testing.assert_allclose(result.metrics[:3], expected, rtol=2e-5, atol=2e-6)
+        assert expected[0, 2] == expected[1, 2] == 1
+        assert (result.metrics[3] == 0).all() and np.isnan(result.metrics[4:]).all()
+    case = DivergenceCase(student, teacher, need_metrics=True, need_gradient=False)
+    np.testing.assert_allclose(run(case).metrics[0, 2], 1)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("divergence", ["skew_kl", "skew_reverse_kl"])
 def test_identical_inputs(dtype, divergence, rng):
@@ -268,5 +316,6 @@ def test_race_check_sees_a_missing_barrier(barrier, tmp_path: Path, rng):
 def test_no_spills(arch):
     """All kernels fit the 64 registers that 1024 threads leave, without spilling."""
     kernels = ptxas_report(arch)
-    assert len(kernels) == 6 * len(DIVERGENCES) + 5  # scale_rows for three dtypes, pack_logits, unpack_logits
+    others = 6 + 3 + 3 + 2  # row_metrics; scale_rows and zero_rest for three dtypes; pack_logits, unpack_logits
+    assert len(kernels) == 6 * len(DIVERGENCES) + others
     assert [k for k in kernels if k.spill_bytes or k.stack_bytes or k.registers > 64] == []

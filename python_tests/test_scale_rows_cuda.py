@@ -1,21 +1,22 @@
-"""The CUDA kernel of `scale_rows_`, executed from its PTX by ptxsim."""
+"""The CUDA kernels of `scale_rows_` and of the entries that vocab_size leaves out, executed from PTX by ptxsim."""
 
 from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
+import ptxsim
 import pytest
-from ptx_kernels import compiled, type_name
+from ptx_kernels import compiled, flat_storage, row_layout, type_name
 
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 
 
 def scale_rows(gradient: np.ndarray, scale: np.ndarray, arch: str = "sm_90", seed: int = 0, threads: int = 64):
-    rows, vocab = gradient.shape
+    rows, vocab = gradient.shape[:-1], gradient.shape[-1]
     module = compiled("scale_rows.cu", arch)
     kernel = f"scale_rows_kernel<distillm::generic::{type_name(gradient)}>" if gradient.itemsize == 2 else "<float>"
-    arguments = [gradient.reshape(-1), scale, np.int32(vocab)]
-    return module.launch(kernel, rows, threads, arguments, seed=seed, readonly=[scale])
+    arguments = [flat_storage(gradient), ptxsim.Struct(*row_layout(gradient)), scale, np.int32(vocab)]
+    return module.launch(kernel, int(np.prod(rows)), threads, arguments, seed=seed, readonly=[scale])
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -29,6 +30,15 @@ def test_product(arch, dtype, offset):
         expected = (gradient.astype(np.float32) * scale[:, None]).astype(dtype)
         scale_rows(gradient, scale, arch, seed)
         np.testing.assert_array_equal(gradient.astype(np.float32), expected.astype(np.float32))
+
+
+def test_blocks_of_rows():
+    """Rows with two strides, as an in-place gradient of logits[:, :-1] has; what lies between is not touched."""
+    whole = np.ones((2, 4, 1023), DTYPES[1])
+    scale_rows(whole[:, :3], np.arange(6, dtype=np.float32) + 2)
+    got = whole[:, :, 0].astype(np.float32)
+    np.testing.assert_array_equal(got, [[2, 3, 4, 1], [5, 6, 7, 1]])
+    assert (whole == whole[:, :, :1]).all()
 
 
 def test_not_a_number_spreads_over_its_row_alone():
@@ -46,3 +56,17 @@ def test_traffic():
     assert counters.load_bytes == 2 * 4096 + 4 * 4 * 256  # every thread of a block reads the scale of its row
     assert counters.store_efficiency == 1
     assert scale_rows(gradient, np.ones(4, np.float32)).buffers[0].load_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zero_rest(dtype):
+    """Entries from `vocab_size` on become 0 in every row, blocks of rows too; no other entry is touched."""
+    whole = np.ones((2, 4, 333), dtype)
+    rows = whole[:, :3]
+    module = compiled("zero_rest.cu", "sm_90")
+    kernel = f"zero_rest_kernel<distillm::generic::{type_name(whole)}>" if whole.itemsize == 2 else "<float>"
+    arguments = [flat_storage(rows), ptxsim.Struct(*row_layout(rows)), np.int32(101), np.int32(333)]
+    module.launch(kernel, 6, 128, arguments, seed=2)
+    expected = np.ones((2, 4, 333), np.float32)
+    expected[:, :3, 101:] = 0
+    np.testing.assert_array_equal(whole.astype(np.float32), expected)

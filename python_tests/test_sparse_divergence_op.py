@@ -9,8 +9,8 @@ import torch
 from sparse_cases import FORMS, compressed, edited, logits, run
 
 from distillm_ext import distillation_loss
-from distillm_ext.ops.divergence import DivergenceOptions
-from distillm_ext.ops.sparse_divergence import CompressedRows, SparseSides
+from distillm_ext.ops.divergence import DivergenceOptions, RowSides
+from distillm_ext.ops.sparse_divergence import CompressedRows
 from distillm_ext.ops.sparse_divergence import sparse_divergence as sparse_divergence_op
 
 
@@ -105,6 +105,13 @@ def test_in_place(divergence, tail, dtype):
         loss.backward(upstream)
 
 
+def test_autograd_notices_who_needs_the_overwritten_logits():
+    x, teacher = pair()
+    squashed = torch.tanh(x)  # its backward needs what the gradient overwrites
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        distillation_loss(squashed, teacher, inplace=True).backward()
+
+
 def test_blocks_of_rows_are_not_copied():
     """logits[:, :-1] of a batch, as language models are trained: the operator takes two strides."""
     student, teacher = logits(8, 50, seed=1).view(2, 4, 50).requires_grad_(), compressed(logits(6, 50, seed=2), 8)
@@ -188,10 +195,10 @@ def test_direct_calls_are_checked():
     ]
     for bad, match in cases:
         with pytest.raises(RuntimeError, match=match):
-            sparse_divergence_op(student, bad, SparseSides(None, None, None, None), options)
+            sparse_divergence_op(student, bad, RowSides(None, None, None, None), options)
     with pytest.raises(RuntimeError, match="has no CPU kernel"):
         unknown = DivergenceOptions("x", 0.1, 0.0, 1.0, 0.0, -100, False)
-        sparse_divergence_op(student, rows, SparseSides(None, None, None, None), unknown)
+        sparse_divergence_op(student, rows, RowSides(None, None, None, None), unknown)
 
 
 def test_extra_memory_is_the_gradient_alone():

@@ -10,17 +10,7 @@ namespace {
 
 using Kernel = void (*)(const FewRowsLinearCall& call, int64_t begin, int64_t end);
 
-Kernel kernel() {
-#ifdef __x86_64__
-  switch (instruction_set()) {
-    case InstructionSet::kX86_64_v4: return few_rows_linear_x86_64_v4;
-    case InstructionSet::kX86_64_v3: return few_rows_linear_x86_64_v3;
-    case InstructionSet::kX86_64_v2: return few_rows_linear_x86_64_v2;
-    case InstructionSet::kGeneric: break;
-  }
-#endif
-  return few_rows_linear_generic;
-}
+Kernel kernel() { return DISTILLM_FOR_THIS_PROCESSOR(few_rows_linear); }
 
 // A call into the dispatcher costs as much as a small product: no call where there is nothing to do.
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }

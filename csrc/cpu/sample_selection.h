@@ -13,7 +13,7 @@ namespace distillm {
 inline namespace DISTILLM_ISA {
 
 // Entries that may be drawn, by ascending id.
-struct Candidates {
+struct SampleCandidates {
   float* logit;
   int32_t* id;
   float* weight;
@@ -28,12 +28,12 @@ struct Threshold {
 };
 
 struct CountOf {
-  const Candidates* from;
+  const SampleCandidates* from;
   uint64_t operator()(int64_t) const { return 1; }
 };
 
 struct MassOf {
-  const Candidates* from;
+  const SampleCandidates* from;
   uint64_t operator()(int64_t i) const { return mass_of(from->weight[i]); }
 };
 
@@ -50,7 +50,7 @@ constexpr RadixStep kRadixSteps[] = {{21, 2048}, {10, 2048}, {0, 1024}};
 
 // Puts the candidates whose digit is the given one into `order`. They come from `order` too, from all in the first
 // step.
-inline int64_t narrow(const Candidates& from, int64_t count, bool first, RadixStep step, uint32_t digit) {
+inline int64_t narrow(const SampleCandidates& from, int64_t count, bool first, RadixStep step, uint32_t digit) {
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t candidate = first ? static_cast<uint32_t>(i) : from.order[i];
@@ -63,7 +63,7 @@ inline int64_t narrow(const Candidates& from, int64_t count, bool first, RadixSt
 // The smallest set of largest logits, lower ids first among equal ones, that measures `target` or more; the measure of
 // all candidates is at least `target`, which is at least 1.
 template <class Measure>
-Threshold radix_threshold(const Candidates& from, uint64_t target) {
+Threshold radix_threshold(const SampleCandidates& from, uint64_t target) {
   const Measure measure{&from};
   uint64_t sums[kMostDigits], above = 0;
   uint32_t key = 0;
@@ -85,7 +85,7 @@ Threshold radix_threshold(const Candidates& from, uint64_t target) {
 }
 
 // Keeps what the threshold keeps, in the order of ids.
-inline void keep(Candidates& from, Threshold threshold) {
+inline void keep(SampleCandidates& from, Threshold threshold) {
   int64_t kept = 0;
   for (int64_t i = 0; i < from.count; ++i) {
     const uint32_t key = ordered_key(from.logit[i]);
@@ -99,7 +99,7 @@ inline void keep(Candidates& from, Threshold threshold) {
   from.count = kept;
 }
 
-inline void keep_weight_from(Candidates& from, float lowest) {
+inline void keep_weight_from(SampleCandidates& from, float lowest) {
   int64_t kept = 0;
   for (int64_t i = 0; i < from.count; ++i) {
     from.logit[kept] = from.logit[i];
@@ -110,7 +110,7 @@ inline void keep_weight_from(Candidates& from, float lowest) {
   from.count = kept;
 }
 
-inline uint64_t total_mass(const Candidates& from) {
+inline uint64_t total_mass(const SampleCandidates& from) {
   uint64_t total = 0;
   for (int64_t i = 0; i < from.count; ++i) total += mass_of(from.weight[i]);
   return total;

@@ -37,7 +37,7 @@ inline double tile_weight(const float* z, int64_t count, Tempering tempering) {
 struct SampleScratch {
   float *raw, *adjusted, *group_maximum;
   uint64_t* tile_mass;
-  Candidates candidates;
+  SampleCandidates candidates;
 
   static SampleScratch of(int64_t vocab) {
     const int64_t row = (vocab + 15) / 16 * 16, groups = (vocab / kGroup + 16) / 16 * 16;
@@ -159,7 +159,7 @@ struct SampledRow {
   float top_k_bound() const {
     const int64_t groups = (vocab + kGroup - 1) / kGroup;
     if (rule.top_k > groups) return kLowest;
-    const Candidates maxima{scratch.group_maximum, nullptr, nullptr, scratch.candidates.order, groups};
+    const SampleCandidates maxima{scratch.group_maximum, nullptr, nullptr, scratch.candidates.order, groups};
     const Threshold threshold = radix_threshold<CountOf>(maxima, static_cast<uint64_t>(rule.top_k));
     return at_least(logit_of_key(threshold.key), kLowest);
   }
@@ -179,7 +179,7 @@ struct SampledRow {
   }
 
   void gather(float bound) {
-    Candidates& to = scratch.candidates;
+    SampleCandidates& to = scratch.candidates;
     to.count = 0;
     for (int64_t start = 0; start < vocab; start += kGroup) {
       if (scratch.group_maximum[start / kGroup] < bound) continue;
@@ -193,7 +193,7 @@ struct SampledRow {
   }
 
   void weigh() {
-    const Candidates& to = scratch.candidates;
+    const SampleCandidates& to = scratch.candidates;
     const float maximum = tempering.maximum, scale = tempering.scale;
     float* weight = to.weight;
     const float* logit = to.logit;
@@ -202,7 +202,7 @@ struct SampledRow {
   }
 
   DrawnToken filtered() {
-    Candidates& kept = scratch.candidates;
+    SampleCandidates& kept = scratch.candidates;
     gather(candidate_bound());
     if (rule.limits_count(vocab) && kept.count > rule.top_k) {
       keep(kept, radix_threshold<CountOf>(kept, static_cast<uint64_t>(rule.top_k)));

@@ -9,15 +9,7 @@ namespace distillm {
 namespace {
 
 SparseDivergenceRows kernel_for(const std::string& name, Tail tail, bool float64) {
-#ifdef __x86_64__
-  switch (instruction_set()) {
-    case InstructionSet::kX86_64_v4: return sparse_divergence_rows_x86_64_v4(name.c_str(), tail, float64);
-    case InstructionSet::kX86_64_v3: return sparse_divergence_rows_x86_64_v3(name.c_str(), tail, float64);
-    case InstructionSet::kX86_64_v2: return sparse_divergence_rows_x86_64_v2(name.c_str(), tail, float64);
-    case InstructionSet::kGeneric: break;
-  }
-#endif
-  return sparse_divergence_rows_generic(name.c_str(), tail, float64);
+  return DISTILLM_FOR_THIS_PROCESSOR(sparse_divergence_rows)(name.c_str(), tail, float64);
 }
 
 void run(const SparseDivergenceTensors& t) {
@@ -26,8 +18,7 @@ void run(const SparseDivergenceTensors& t) {
   const SparseDivergenceRows rows = kernel_for(name, t.call.tail, dense.student_type == ScalarType::Double);
   STD_TORCH_CHECK(rows, "divergence '", name, "' has no CPU kernel for this tail");
   prefer_huge_pages(t.gradient.data_ptr(), t.gradient.numel() * t.gradient.element_size());
-  // Several rows per task where rows are short, one where they are long.
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, dense.student_vocab));
+  const int64_t grain = rows_per_task(dense.student_vocab);
   torch::stable::parallel_for(0, dense.rows, grain, [&](int64_t begin, int64_t end) { rows(t.call, begin, end); });
 }
 

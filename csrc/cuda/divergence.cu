@@ -3,19 +3,32 @@
 
 #include "divergence.cuh"
 #include "launch.h"
+#include "row_metrics.cuh"
+#include "zero_rest.cuh"
 
 namespace distillm {
 namespace {
 
 struct DivergenceKernel {
   void (*function)(DivergenceArguments) = nullptr;
+  void (*metrics)(DivergenceArguments) = nullptr;
+  void (*zero_rest)(const DivergenceCall&, cudaStream_t) = nullptr;
   int slot_bytes = 0, chunk_entries = 0;
 };
+
+template <class Student>
+void launch_zero_rest(const DivergenceCall& call, cudaStream_t stream) {
+  zero_rest_kernel<Student><<<dim3(static_cast<unsigned>(call.rows)), kZeroRestThreads, 0, stream>>>(
+      static_cast<Student*>(call.gradient), call.gradient_rows, static_cast<int32_t>(call.student_vocab),
+      static_cast<int32_t>(call.gradient_vocab));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
 
 template <class Functor, class Student, class Teacher>
 DivergenceKernel instantiated() {
   using Rows = RowPair<Student, Teacher>;
-  return {divergence_kernel<Functor, Student, Teacher>, Rows::kSlotBytes, Rows::N};
+  return {divergence_kernel<Functor, Student, Teacher>, row_metrics_kernel<Student, Teacher>, launch_zero_rest<Student>,
+          Rows::kSlotBytes, Rows::N};
 }
 
 template <class Functor, class Student>
@@ -49,28 +62,30 @@ int threads_per_block(int64_t shared_bytes, int64_t chunks) {
 }
 
 // As much of a row pair as the shared memory of a block holds beside the kernel's own.
-int64_t staged_chunks(const DivergenceKernel& kernel, int64_t chunks, const DeviceScope& device) {
-  const int64_t room =
-      device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(sizeof(Scratch));
-  return std::min(chunks, room / kernel.slot_bytes);
+int32_t staged_chunks(const DivergenceKernel& kernel, int64_t chunks, int64_t own_bytes, const DeviceScope& device) {
+  const int64_t room = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - own_bytes;
+  return static_cast<int32_t>(std::min(chunks, room / kernel.slot_bytes));
 }
 
-DivergenceArguments arguments_of(const DivergenceCall& call, int64_t staged) {
+// staged_chunks is set per launch.
+DivergenceArguments arguments_of(const DivergenceCall& call) {
   const DivergenceOptions& options = call.options;
   return {call.student,
           call.teacher,
-          call.student_rows.row_stride,
-          call.teacher_rows.row_stride,
+          call.student_rows,
+          call.teacher_rows,
+          call.gradient_rows,
           static_cast<int32_t>(call.student_vocab),
           static_cast<int32_t>(call.teacher_vocab),
           element_type(call.teacher_type),
-          static_cast<int32_t>(staged),
+          0,
           call.labels,
           static_cast<const float*>(call.weight),
           static_cast<const float*>(call.alpha),
           static_cast<const float*>(call.cap),
           static_cast<float*>(call.loss),
           call.gradient,
+          static_cast<float*>(call.metrics),
           options.ignore_index,
           static_cast<float>(options.alpha),
           static_cast<float>(options.beta),
@@ -79,35 +94,35 @@ DivergenceArguments arguments_of(const DivergenceCall& call, int64_t staged) {
           options.detach_mixture};
 }
 
-void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const DeviceScope& device) {
-  const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
-  check_grid(call.rows, vocab);
-  const int64_t chunks = most_chunks(static_cast<int>(vocab), kernel.chunk_entries);
-  const int64_t staged = staged_chunks(kernel, chunks, device);
-  const size_t shared_bytes = staged * kernel.slot_bytes;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared_bytes)));
-  const int threads = threads_per_block(shared_bytes, chunks);
+void launch(void (*function)(DivergenceArguments), const DivergenceArguments& arguments, const DivergenceKernel& kernel,
+            const DivergenceCall& call, int64_t chunks, cudaStream_t stream) {
+  const int64_t shared_bytes = int64_t{arguments.staged_chunks} * kernel.slot_bytes;
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   const dim3 grid(static_cast<unsigned>(call.rows));
-  kernel.function<<<grid, threads, shared_bytes, device.stream()>>>(arguments_of(call, staged));
+  function<<<grid, threads_per_block(shared_bytes, chunks), shared_bytes, stream>>>(arguments);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// What the kernel does not do yet.
-void check_supported(const DivergenceCall& call, bool need_metrics) {
-  STD_TORCH_CHECK(!need_metrics, "return_metrics has no CUDA kernel yet");
-  STD_TORCH_CHECK(call.student_rows.is_uniform() && call.teacher_rows.is_uniform(),
-                  "student and teacher must have one stride from row to row on CUDA");
-  STD_TORCH_CHECK(!call.gradient || (call.gradient_vocab == call.student_vocab && call.gradient_rows.is_uniform() &&
-                                     (call.rows <= 1 || call.gradient_rows.row_stride == call.student_vocab)),
-                  "the gradient must be contiguous on CUDA, without entries beyond vocab_size");
+// The metrics first: the gradient may take the place of the logits.
+void launch_all(const DivergenceKernel& kernel, const DivergenceCall& call, const DeviceScope& device) {
+  const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
+  check_grid(call.rows, std::max(vocab, call.gradient_vocab));
+  const int64_t chunks = most_chunks(static_cast<int>(vocab), kernel.chunk_entries);
+  DivergenceArguments arguments = arguments_of(call);
+  if (call.metrics) {
+    arguments.staged_chunks = staged_chunks(kernel, chunks, sizeof(Scratch) + sizeof(MetricScratch), device);
+    launch(kernel.metrics, arguments, kernel, call, chunks, device.stream());
+  }
+  arguments.staged_chunks = staged_chunks(kernel, chunks, sizeof(Scratch), device);
+  launch(kernel.function, arguments, kernel, call, chunks, device.stream());
+  if (call.gradient && call.gradient_vocab > call.student_vocab) kernel.zero_rest(call, device.stream());
 }
 
-void run(const DivergenceTensors& t, const DeviceScope& device, bool need_metrics) {
-  check_supported(t.call, need_metrics);
+void run(const DivergenceTensors& t, const DeviceScope& device) {
   const DivergenceKernel kernel = kernel_for(t.call);
   STD_TORCH_CHECK(kernel.function, "divergence '", t.call.options.divergence, "' has no CUDA kernel");
-  if (t.call.rows > 0) launch(kernel, t.call, device);
+  if (t.call.rows > 0) launch_all(kernel, t.call, device);
 }
 
 std::tuple<Tensor, Tensor, Tensor> divergence(const Tensor& student, const Tensor& teacher,
@@ -121,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> divergence(const Tensor& student, const Tenso
       student, teacher, labels, weight, alpha_rows, cap,
       {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
       need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere, need_metrics);
-  run(t, device, need_metrics);
+  run(t, device);
   return {t.loss, t.gradient, t.metrics};
 }
 
@@ -135,7 +150,7 @@ std::tuple<Tensor, Tensor> divergence_(Tensor student, const Tensor& teacher, co
       student, teacher, labels, weight, alpha_rows, cap,
       {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
       GradientTo::kStudent, need_metrics);
-  run(t, device, need_metrics);
+  run(t, device);
   return {t.loss, t.metrics};
 }
 

@@ -13,6 +13,8 @@
 #include <math_constants.h>
 
 #include "../math/divergence.h"
+#include "../math/metrics.h"
+#include "../math/row_layout.h"
 #include "reduce.cuh"
 #include "row_pair.cuh"
 
@@ -23,7 +25,7 @@ constexpr int kMaxBlockThreads = 1024;
 struct DivergenceArguments {
   const void* student;
   const void* teacher;
-  int64_t student_stride, teacher_stride;  // elements from row to row
+  RowLayout student_rows, teacher_rows, gradient_rows;
   int32_t student_vocab, teacher_vocab;
   ElementType teacher_type;
   int32_t staged_chunks;  // per row, that dynamic shared memory has room for
@@ -32,7 +34,8 @@ struct DivergenceArguments {
   const float* alpha_rows;
   const float* cap;
   float* loss;
-  void* gradient;  // contiguous, may be the student itself; null when not asked for
+  void* gradient;  // may be the student itself; null when not asked for
+  float* metrics;  // [R, 3]: teacher and student entropy in nats, top-1 agreement; null when not asked for
   int64_t ignore_index;
   float alpha, beta, inverse_temperature, ce_weight;
   int32_t detach_mixture;
@@ -238,22 +241,36 @@ __global__ void __launch_bounds__(kMaxBlockThreads) divergence_kernel(const Dive
   __shared__ Scratch scratch;
   extern __shared__ uint4 slots[];
   const int64_t row = blockIdx.x;
-  Student* gradient = a.gradient ? static_cast<Student*>(a.gradient) + row * a.student_vocab : nullptr;
-  const typename Rows::StudentRow student(a.student, row * a.student_stride, a.student_vocab, ElementType{});
-  const typename Rows::TeacherRow teacher(a.teacher, row * a.teacher_stride, a.teacher_vocab, a.teacher_type);
+  Student* gradient = a.gradient ? static_cast<Student*>(a.gradient) + a.gradient_rows.offset(row) : nullptr;
+  const typename Rows::StudentRow student(a.student, a.student_rows.offset(row), a.student_vocab, ElementType{});
+  const typename Rows::TeacherRow teacher(a.teacher, a.teacher_rows.offset(row), a.teacher_vocab, a.teacher_type);
   const int phase = phase_of<Student, Rows::N>(gradient ? gradient : student.row);
 
+  // row_metrics.cuh wrote them before this launch; they follow the loss where it is left out or NaN.
+  const auto fill_metrics = [&](float value) {
+    if (a.metrics && threadIdx.x == 0) {
+      float* m = a.metrics + kMetrics * static_cast<int64_t>(blockIdx.x);
+      m[0] = m[1] = m[2] = value;
+    }
+  };
   const auto constant_row = [&](float value) {
     if (threadIdx.x == 0) a.loss[row] = value;
     if (gradient) fill_row<Rows::N>(gradient, a.student_vocab, phase, value);
   };
   const RowInputs in = RowInputs::of(a, row);
   const bool skipped = in.skipped(a);
-  if (skipped || !in.legal<Functor>(a)) return constant_row(skipped ? 0.0f : CUDART_NAN_F);
+  if (skipped || !in.legal<Functor>(a)) {
+    const float value = skipped ? 0.0f : CUDART_NAN_F;
+    fill_metrics(value);
+    return constant_row(value);
+  }
 
   const Rows rows(student, teacher, phase, slots, a.staged_chunks);
   const RowSoftmaxes softmaxes = row_softmaxes(rows, a, scratch);
-  if (!softmaxes.legal) return constant_row(CUDART_NAN_F);
+  if (!softmaxes.legal) {
+    fill_metrics(CUDART_NAN_F);
+    return constant_row(CUDART_NAN_F);
+  }
 
   const int label = static_cast<int>(in.label);
   const LabelLogits label_logits = LabelLogits::of(a, rows, label);  // after row_sums the gradient may overwrite them
@@ -261,6 +278,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads) divergence_kernel(const Dive
   const Term<float> sum = row_sums(rows, terms, scratch);
   const float cross_entropy = -softmaxes.unit.log2_probability(label_logits.student) * static_cast<float>(kLn2);
   const RowLoss loss = RowLoss::of(a, in, sum.value, cross_entropy);
+  if (loss.value != loss.value) fill_metrics(loss.value);
   if (loss.value != loss.value || !gradient) return constant_row(loss.value);
 
   if (threadIdx.x == 0) a.loss[row] = loss.value;

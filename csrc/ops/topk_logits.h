@@ -12,11 +12,11 @@
 
 #include <vector>
 
+#include "../math/temperatures.h"
 #include "divergence.h"
 
 namespace distillm {
 
-constexpr int kMaxTemperatures = 16;
 constexpr int kPaddingId = -1;
 
 // Everything a kernel reads and writes. Null pointers stand for what is absent.

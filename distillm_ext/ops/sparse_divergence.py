@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import divergence_inplace
-from .divergence import DivergenceOptions, _scaled, refuse_second_derivative, row_outputs
+from .divergence import DivergenceOptions, RowSides, _scaled, refuse_second_derivative, row_outputs
+from .divergence_inplace import overwrite
 
 
 class CompressedRows(NamedTuple):
@@ -23,17 +23,8 @@ class CompressedRows(NamedTuple):
     tail: str
 
 
-class SparseSides(NamedTuple):
-    """The side inputs of the rows, [R] each."""
-
-    labels: Tensor | None
-    weight: Tensor | None
-    alpha: Tensor | None
-    cap: Tensor | None
-
-
 def _arguments(
-    teacher: CompressedRows, sides: SparseSides, options: DivergenceOptions, vocab_size: int
+    teacher: CompressedRows, sides: RowSides, options: DivergenceOptions, vocab_size: int
 ) -> tuple[Any, ...]:
     """What both operators take after the student, in the order of their schemas."""
     return (
@@ -45,7 +36,7 @@ def _arguments(
 def sparse_divergence(
     student: Tensor,
     teacher: CompressedRows,
-    sides: SparseSides,
+    sides: RowSides,
     options: DivergenceOptions,
     *,
     vocab_size: int = 0,
@@ -57,21 +48,14 @@ def sparse_divergence(
     """
     arguments = _arguments(teacher, sides, options, vocab_size)
     if inplace:
-        return _InPlace.apply(student, *arguments)
+        return overwrite(_overwriting, student, arguments)[0]
     need_gradient = torch.is_grad_enabled() and student.requires_grad
     return torch.ops.distillm_ext.sparse_divergence(student, *arguments, need_gradient)[0]
 
 
-def sparse_divergence_with_gradient(
-    student: Tensor,
-    teacher: CompressedRows,
-    sides: SparseSides,
-    options: DivergenceOptions,
-    need_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """Losses [R] and the gradient of their sum, [0] when it is not needed."""
-    arguments = _arguments(teacher, sides, options, 0)
-    return torch.ops.distillm_ext.sparse_divergence(student, *arguments, need_gradient)
+def _overwriting(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    loss = torch.ops.distillm_ext.sparse_divergence_(student, *arguments)
+    return loss, loss.new_empty(0)  # a compressed teacher has no metrics
 
 
 _ARGUMENTS = 21
@@ -111,21 +95,3 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Ten
 
 
 torch.library.register_autograd("distillm_ext::sparse_divergence", _backward, setup_context=_setup_context)
-
-
-class _InPlace(divergence_inplace._InPlace):
-    """The same hand-over of the student's memory, after the other operator."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, *arguments: Any) -> Tensor:  # type: ignore[override]
-        gradient = student.detach()
-        loss = torch.ops.distillm_ext.sparse_divergence_(gradient, *arguments)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradient)
-        ctx.used = False
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        gradient = divergence_inplace._InPlace.backward(ctx, grad_loss)[0]
-        return (gradient, *(None,) * (_ARGUMENTS - 2))

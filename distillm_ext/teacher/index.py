@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 
 import numpy as np
 
@@ -36,12 +37,10 @@ class RowIndex:
         """Shard and row of the `number`-th key in the order of storage."""
         return self._places[number]
 
-    @property
+    @cached_property
     def _places(self) -> list[_Place]:
-        if not hasattr(self, "_ordered"):
-            order = np.lexsort((self._row, self._shard))
-            self._ordered = list(zip(self._shard[order].tolist(), self._row[order].tolist(), strict=True))
-        return self._ordered
+        order = np.lexsort((self._row, self._shard))
+        return list(zip(self._shard[order].tolist(), self._row[order].tolist(), strict=True))
 
     def find(self, key: bytes) -> Iterator[_Place]:
         """Places whose key starts with `key`: a whole one, or the part that depends on the tokens alone."""
