@@ -23,6 +23,8 @@ def draw_at(row: torch.Tensor, rule: Rule, bits, **lists):
     """The row drawn from once for each of the given bits."""
     bits = torch.as_tensor(np.asarray(bits))
     options = {"seed": 0, "position": 0, **rule.options(), **lists}
+    if "previous_tokens" in lists:
+        options["previous_tokens"] = lists["previous_tokens"].expand(len(bits), -1)
     return sample_op(row.expand(len(bits), -1), bits=bits, **options)
 
 
@@ -175,22 +177,18 @@ def test_repetition_penalty_and_banned_tokens():
     row = torch.randn(500) * 3
     previous = torch.tensor([3, 3, 77, -1, 500, 10**12, 499, 3])
     banned = torch.rand(500) < 0.3
+    clear = 0
     for rule in RULES:
-        for used_previous, used_banned in ((previous, None), (None, banned), (previous, banned)):
-            z = adjusted(row.double().numpy(), 1.0 if used_previous is None else float(np.float32(1.3)),
-                         [] if used_previous is None else used_previous.tolist(), used_banned)  # fmt: skip
-            count = len(centres(expected(z, rule))[1])
-            lists = {"banned": used_banned, "repetition_penalty": 1.3}
-            if used_previous is not None:
-                lists["previous_tokens"] = used_previous.expand(count, -1)
-            if count != len(ALL_BITS):  # the ends are checked on rows of their own count
-                case = expected(z, rule)
-                if case.margin < 1e-6:
-                    continue
-                tokens, bits = centres(case)
-                got, logprob, _, valid = draw_at(row, rule, bits, **lists)
-                assert valid.all() and (got.numpy() == tokens).all()
-                np.testing.assert_allclose(logprob, row.double().log_softmax(0)[tokens], rtol=1e-5, atol=2e-6)
+        for lists in (
+            {"previous_tokens": previous},
+            {"banned": banned},
+            {"previous_tokens": previous, "banned": banned},
+        ):
+            z = adjusted(
+                row.double().numpy(), float(np.float32(1.3)), lists.get("previous_tokens", []), lists.get("banned")
+            )
+            clear += check_row(row, rule, z, repetition_penalty=1.3, **lists)
+    assert clear >= 3 * len(RULES) - 3
 
 
 def test_everything_banned():
