@@ -135,7 +135,7 @@ def test_models_without_a_cache_are_refused():
             return input_ids
 
     Stateless.get_input_embeddings = lambda self: nn.Embedding(4, 4)
-    with pytest.raises(ValueError, match="takes no past_key_values"):
+    with pytest.raises(ValueError, match="takes neither cache nor past_key_values"):
         generate(Stateless(), torch.ones(1, 2, dtype=torch.long), None, GREEDY)
 
 

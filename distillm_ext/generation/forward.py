@@ -67,6 +67,10 @@ def _last_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0][:, -1:], *args[1:])
 
 
+# What models call their cache: transformers up to 5.23 says past_key_values, from 5.24 on cache.
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
 class CausalForward:
     """Calls a causal language model for the next token's logits.
 
@@ -91,11 +95,13 @@ class CausalForward:
         self.lockstep = Lockstep(is_sharded(self.model), self.device, group)
         self.head = causal.get_output_embeddings()
         self.accepts = set(inspect.signature(causal.forward).parameters)
-        if "past_key_values" not in self.accepts:
+        names = [name for name in _CACHE_ARGUMENTS if name in self.accepts]
+        if not names:
             raise ValueError(
-                f"model: {type(causal).__name__}.forward takes no past_key_values; the decode loop needs a model that "
-                "caches keys and values"
+                f"model: {type(causal).__name__}.forward takes neither cache nor past_key_values; the decode loop needs "
+                "a model that caches keys and values"
             )
+        self.cache_argument = names[0]
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -122,8 +128,8 @@ class CausalForward:
         options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
         known = {name: value for name, value in options.items() if name in self.accepts}
         output = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, return_dict=True,
-            **known,
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=True, return_dict=True, **known,
+            **{self.cache_argument: cache},
         )  # fmt: skip
         return output.logits[:, -1]
 
