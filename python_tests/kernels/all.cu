@@ -1,6 +1,8 @@
 // Every kernel that the extension instantiates, without torch: for ptxas to report registers and spills of.
 #include "cuda/divergence.cuh"
+#include "cuda/sample_logits.cuh"
 #include "cuda/scale_rows.cuh"
+#include "cuda/topk_logits.cuh"
 
 using namespace distillm;
 
@@ -18,3 +20,10 @@ DISTILLM_FOR_EACH_DIVERGENCE(KERNELS)
 template __global__ void distillm::scale_rows_kernel<float>(float*, const float*, int32_t);
 template __global__ void distillm::scale_rows_kernel<BFloat16>(BFloat16*, const float*, int32_t);
 template __global__ void distillm::scale_rows_kernel<Half>(Half*, const float*, int32_t);
+
+#define TOPK(T, slots)                                                                              \
+  template __global__ void distillm::topk_logits_kernel<T, slots>(const TopkLogitsArguments);      \
+  template __global__ void distillm::sample_logits_kernel<T, slots>(const TopkLogitsArguments);
+TOPK(float, 1) TOPK(float, 2) TOPK(float, 4)
+TOPK(BFloat16, 1) TOPK(BFloat16, 2) TOPK(BFloat16, 4)
+TOPK(Half, 1) TOPK(Half, 2) TOPK(Half, 4)
