@@ -54,8 +54,8 @@ def check(case: TopkCase, arch: str = "sm_90", atol: float = 3e-6, **options):
 @pytest.mark.parametrize("dtype", (F32, BF16, F16))
 def test_against_reference(rng, arch, dtype):
     labels = np.array([0, -100, 5000])
-    for seed, vocab in enumerate((1, 7, 1023, 4099)):
-        check(TopkCase(logits(rng, 3, vocab, dtype), 8, (2.0, 1.0, 0.5), labels), arch, seed=seed)
+    for seed, vocab in enumerate((1, 7, 1023)):
+        check(TopkCase(logits(rng, 3, vocab, dtype), 8, (2.0, 1.0, 0.5), labels, threads=64), arch, seed=seed)
 
 
 @pytest.mark.parametrize("seed", (1, 2))
@@ -68,12 +68,12 @@ def test_several_steps(rng, seed, k):
 @pytest.mark.parametrize("order", ("ascending", "descending", "constant", "few values"))
 def test_adversarial_orders(order):
     """More candidates per step than there is room for; ties everywhere."""
-    base = np.linspace(-20, 20, 3001, dtype=np.float32)
+    base = np.linspace(-20, 20, 2001, dtype=np.float32)
     values = {
         "ascending": base,
         "descending": base[::-1].copy(),
-        "constant": np.full(3001, 1.5, np.float32),
-        "few values": (np.arange(3001) % 7).astype(np.float32),
+        "constant": np.full(2001, 1.5, np.float32),
+        "few values": (np.arange(2001) % 7).astype(np.float32),
     }[order]
     for k in (1, 33):
         check(TopkCase(values[None], k, threads=64, capacity=256), atol=5e-6)
@@ -81,8 +81,8 @@ def test_adversarial_orders(order):
 
 
 def test_large_k(rng):
-    check(TopkCase(logits(rng, 1, 1500), 1024, threads=256, capacity=4096))
-    found = check(TopkCase(logits(rng, 1, 1500), 1500, (1.0, 2.0), threads=256))
+    check(TopkCase(logits(rng, 1, 1500), 1024, threads=128, capacity=2048))
+    found = check(TopkCase(logits(rng, 1, 1100), 1100, (1.0, 2.0), threads=128, capacity=2048))
     assert (found.tail_logprob == -np.inf).all()
 
 
@@ -117,9 +117,9 @@ def test_tiny_tail_masses_are_exact():
 @pytest.mark.parametrize("dtype", (F32, BF16, F16))
 def test_sample(rng, arch, dtype):
     """Equal to the reference's draws: no draw here falls within rounding of a boundary."""
-    for seed, vocab in enumerate((1, 7, 1023, 4099)):
+    for seed, vocab in enumerate((1, 7, 1023)):
         values, position = logits(rng, 3, vocab, dtype), np.array([3, 2**40, -5])
-        check(TopkCase(values, 24, (1.0, 2.0), np.zeros(3, np.int64), position, seed - 1), arch, seed=seed)
+        check(TopkCase(values, 24, (1.0, 2.0), np.zeros(3, np.int64), position, seed - 1, threads=64), arch, seed=seed)
 
 
 def test_sample_long_segments(rng):
