@@ -5,6 +5,9 @@
 
 namespace distillm {
 
+// Constants, not CUDART_INF_F: that is a call, which the host's view of a template cannot resolve.
+constexpr float kInfinity = __builtin_huge_valf(), kNaN = __builtin_nanf("");
+
 // Larger is earlier: value descending, id ascending on ties, -0 equal to 0. No entry above -inf has the key 0.
 __device__ __forceinline__ uint64_t candidate_key(float value, int32_t id) {
   return static_cast<uint64_t>(ordered_key(value)) << 32 | ~static_cast<uint32_t>(id);

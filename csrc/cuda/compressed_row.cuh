@@ -2,8 +2,6 @@
 // share.
 #pragma once
 
-#include <math_constants.h>
-
 #include "candidates.cuh"
 #include "reduce.cuh"
 #include "row_pair.cuh"
@@ -131,7 +129,7 @@ struct RowSums {
     return sums;
   }
 
-  __device__ bool valid(int32_t size) const { return size > 0 && largest < CUDART_INF_F && total[0] == total[0]; }
+  __device__ bool valid(int32_t size) const { return size > 0 && largest < kInfinity && total[0] == total[0]; }
   // log(sum of exp((z - largest) / T))
   __device__ float log_total(int slot) const { return static_cast<float>(kLn2) * log2f(total[slot]); }
   __device__ float log_tail(const TopkLogitsArguments& a, int slot) const {
@@ -147,8 +145,8 @@ __device__ void write_temperatures(const TopkLogitsArguments& a, int64_t row, co
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const float norm = sums.log_total(slot);
-      scratch.log_norm[slot] = valid ? norm - sums.log_total(0) * a.inverse_temperature[slot] : CUDART_NAN_F;
-      scratch.tail_logprob[slot] = valid ? sums.log_tail(a, slot) - norm : CUDART_NAN_F;
+      scratch.log_norm[slot] = valid ? norm - sums.log_total(0) * a.inverse_temperature[slot] : kNaN;
+      scratch.tail_logprob[slot] = valid ? sums.log_tail(a, slot) - norm : kNaN;
     }
   }
   __syncthreads();
@@ -162,7 +160,7 @@ __device__ void write_temperatures(const TopkLogitsArguments& a, int64_t row, co
 template <class T>
 __device__ __forceinline__ float label_logprob(const TopkLogitsArguments& a, const LogitRow<T, 16 / sizeof(T)>& logits,
                                                int64_t label, float largest, float log_total) {
-  if (label < 0 || label >= a.vocab) return CUDART_NAN_F;
+  if (label < 0 || label >= a.vocab) return kNaN;
   return logits.entry(static_cast<int>(label)) - largest - log_total;
 }
 
@@ -178,14 +176,14 @@ __device__ void write_row(const TopkLogitsArguments& a, int64_t row, const Logit
     const bool present = valid && i < size;
     const int64_t at = row * a.k + i;
     a.ids[at] = present ? candidate_id(keys[i]) : -1;
-    a.logprobs[at] = present ? candidate_value(keys[i]) - sums.largest - log_total : -CUDART_INF_F;
+    a.logprobs[at] = present ? candidate_value(keys[i]) - sums.largest - log_total : -kInfinity;
     if (a.counts) a.counts[at] = present ? counts[i] : 0;
   }
   write_temperatures(a, row, sums, valid, scratch);
   if (threadIdx.x != 0) return;
   a.valid[row] = valid;
   if (a.labels) {
-    a.label_logprob[row] = valid ? label_logprob<T>(a, logits, a.labels[row], sums.largest, log_total) : CUDART_NAN_F;
+    a.label_logprob[row] = valid ? label_logprob<T>(a, logits, a.labels[row], sums.largest, log_total) : kNaN;
   }
 }
 

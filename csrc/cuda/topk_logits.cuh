@@ -37,7 +37,7 @@ class TopkRow {
         keys_(keys),
         scratch_(scratch),
         tail_(ExpSums<kSlots>::empty()),
-        threshold_(-CUDART_INF_F),
+        threshold_(-kInfinity),
         last_key_(0) {
     if (threadIdx.x == 0) scratch.size = 0;
   }
@@ -80,19 +80,19 @@ class TopkRow {
     const int32_t groups = a_.k * 4 <= static_cast<int32_t>(blockDim.x) ? 1 : 4;  // per thread
     const int32_t all_groups = groups * static_cast<int32_t>(blockDim.x);
     if (a_.vocab <= a_.capacity / 2 || a_.k > all_groups || all_groups > a_.capacity) return;
-    float maximum = -CUDART_INF_F;
+    float maximum = -kInfinity;
 #pragma unroll
     for (int i = 0; i < kStepEntries; ++i) {
       maximum = fmaxf(maximum, z[i]);
       if (groups == 4 ? i % 4 == 3 : i == kStepEntries - 1) {
         keys_[threadIdx.x * groups + (groups == 4 ? i / 4 : 0)] = candidate_key(maximum, 0);
-        maximum = -CUDART_INF_F;
+        maximum = -kInfinity;
       }
     }
     sort_keys<false>(keys_, nullptr, all_groups);
     const float kth = candidate_value(keys_[a_.k - 1]);
     // A little lower, so that the k-th largest itself is above it.
-    if (kth > -CUDART_INF_F) threshold_ = kth - fabsf(kth) * 1e-6f - 1e-30f;
+    if (kth > -kInfinity) threshold_ = kth - fabsf(kth) * 1e-6f - 1e-30f;
     __syncthreads();
   }
 
