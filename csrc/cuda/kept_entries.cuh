@@ -2,7 +2,7 @@
 // student's logits there.
 #pragma once
 
-#include <math_constants.h>
+#include <cmath>
 
 #include "../math/row_layout.h"
 #include "../math/sparse_divergence.h"
@@ -121,7 +121,7 @@ __device__ float gather_kept(const KeptShared& kept, const SparseDivergenceArgum
     }
     kept.z[k] = student.entry(id);
     if (id < a.student_vocab) atomicOr(kept.members + (id + phase) / 32, 1u << (id + phase) % 32);
-    drawn += kept.log2_p[k] < CUDART_INF_F ? kept.share[k] : CUDART_NAN_F;
+    drawn += kept.log2_p[k] < INFINITY ? kept.share[k] : NAN;
   }
   return drawn;
 }

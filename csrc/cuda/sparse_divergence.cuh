@@ -40,7 +40,7 @@ __device__ SparseStatistics sparse_statistics(const StudentRow<Student>& row, co
     if (own_unit) s.unit.add(z, unit_scale);
     const uint32_t members = kept.members[chunk * N / 32] >> chunk * N % 32;
 #pragma unroll
-    for (int i = 0; i < N; ++i) z[i] = members >> i & 1 ? -CUDART_INF_F : z[i];
+    for (int i = 0; i < N; ++i) z[i] = members >> i & 1 ? -INFINITY : z[i];
     s.off.add(z, scale);
   });
   for (int k = threadIdx.x; k < a.kept; k += blockDim.x) {
@@ -80,7 +80,7 @@ struct SparseInputs {
 
   __device__ SparseInputs(const SparseDivergenceArguments& a, int64_t row)
       : weight(a.weight ? a.weight[row] : 1.0f),
-        cap(a.cap ? a.cap[row] : CUDART_INF_F),
+        cap(a.cap ? a.cap[row] : INFINITY),
         log_norm(a.log_norm[row]),
         tail_logprob(a.tail_logprob[row]),
         label(a.labels ? a.labels[row] : 0),
@@ -91,10 +91,10 @@ struct SparseInputs {
   }
   __device__ bool legal(const SparseDivergenceArguments& a) const {
     const bool label_legal = a.ce_weight == 0 || (label >= 0 && label < a.student_vocab);
-    const bool tail_legal = a.tail != Tail::kBucket || tail_logprob < CUDART_INF_F;
+    const bool tail_legal = a.tail != Tail::kBucket || tail_logprob < INFINITY;
     const RowParameters<float> row = parameters;
     const bool form_legal = with_form(static_cast<KeptForm>(a.form), row, [=](auto terms) { return terms.legal(row); });
-    return weight == weight && cap == cap && fabsf(log_norm) < CUDART_INF_F && label_legal && tail_legal && form_legal;
+    return weight == weight && cap == cap && fabsf(log_norm) < INFINITY && label_legal && tail_legal && form_legal;
   }
 };
 
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kSparseBlockThreads) sparse_divergence_kernel(
   if (gradient) fill_entries(gradient, a.student_vocab, a.gradient_vocab, 0.0f);
   const SparseInputs in(a, row);
   const bool skipped = in.skipped(a);
-  if (skipped || !in.legal(a)) return constant_row(skipped ? 0.0f : CUDART_NAN_F);
+  if (skipped || !in.legal(a)) return constant_row(skipped ? 0.0f : NAN);
 
   const StudentRow<Student> student(logits, phase, slots, a.staged_chunks);
   const KeptShared kept(slots + a.staged_chunks, a);
@@ -252,11 +252,11 @@ __global__ void __launch_bounds__(kSparseBlockThreads) sparse_divergence_kernel(
   const SparseStatistics s = sparse_statistics(student, kept, a, drawn, scratch);
   const bool kept_legal = a.tail == Tail::kRenormalize ? s.on.sum > 0 && s.teacher.sum > 0 : true;
   const bool drawn_legal = a.tail == Tail::kSampled ? s.shares > 0 : s.shares >= 0;  // false for NaN
-  if (!(s.all.sum > 0) || !kept_legal || !drawn_legal) return constant_row(CUDART_NAN_F);
+  if (!(s.all.sum > 0) || !kept_legal || !drawn_legal) return constant_row(NAN);
 
   const SparseValue value = sparse_value(kept, a, in, s, scratch);
   const LogSoftmax unit = LogSoftmax::of(s.unit, static_cast<float>(kLog2E));
-  const bool capped = value.divergence > in.cap, constant = capped || value.divergence == CUDART_INF_F;
+  const bool capped = value.divergence > in.cap, constant = capped || value.divergence == INFINITY;
   const float cross_entropy = a.ce_weight != 0 ? -a.ce_weight * unit(label_logit) * static_cast<float>(kLn2) : 0.0f;
   const float loss = in.weight * ((capped ? in.cap : value.divergence) + cross_entropy);
   if (loss != loss || !gradient) return constant_row(loss);
