@@ -35,6 +35,10 @@ native: $(VENV)/.built
 	    -DPython_EXECUTABLE=/nonexistent
 	$(BIN)/cmake --build build/sanitized -j 2
 	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
+	$(BIN)/cmake -S . -B build/threads -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDISTILLM_SANITIZE=thread \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	$(BIN)/cmake --build build/threads -j 2 --target threaded_divergence
+	$(BIN)/ctest --test-dir build/threads --output-on-failure -R threaded
 
 pytest: $(VENV)/.built
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .containers import CompressedLogits, TeacherHead
+    from .compression import capture_from_hidden, compress_logits
+    from .containers import CompressedLogits, DivergenceMetrics, SampledTokens, TeacherHead
     from .functional import (
         DIVERGENCES,
         alpha_beta_loss,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         SkewReverseKLLoss,
         TotalVariationLoss,
     )
+    from .sampling import sample_tokens
 
 try:
     __version__ = version("distillm_ext")
@@ -42,7 +44,8 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _HOME = {
-    "containers": ("CompressedLogits", "TeacherHead"),
+    "containers": ("CompressedLogits", "DivergenceMetrics", "SampledTokens", "TeacherHead"),
+    "compression": ("capture_from_hidden", "compress_logits"),
     "linear": ("linear_distillation_loss",),
     "functional": (
         "DIVERGENCES",
@@ -67,6 +70,7 @@ _HOME = {
         "TotalVariationLoss",
     ),
     "information": ("build_info",),
+    "sampling": ("sample_tokens",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -75,10 +79,12 @@ __all__ = [
     "CompressedLogits",
     "DIVERGENCES",
     "DistillationLoss",
+    "DivergenceMetrics",
     "ForwardKLLoss",
     "GeneralizedJSLoss",
     "LinearDistillationLoss",
     "ReverseKLLoss",
+    "SampledTokens",
     "SkewKLLoss",
     "SkewReverseKLLoss",
     "TeacherHead",
@@ -86,11 +92,14 @@ __all__ = [
     "__version__",
     "alpha_beta_loss",
     "build_info",
+    "capture_from_hidden",
+    "compress_logits",
     "distillation_loss",
     "forward_kl_loss",
     "generalized_js_loss",
     "linear_distillation_loss",
     "reverse_kl_loss",
+    "sample_tokens",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "total_variation_loss",

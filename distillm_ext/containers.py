@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .containers_compressed import CompressedLogits
 
-__all__ = ["CompressedLogits", "LinearHead", "TeacherHead"]
+__all__ = ["CompressedLogits", "DivergenceMetrics", "LinearHead", "SampledTokens", "TeacherHead"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,28 @@ class TeacherHead(LinearHead):
     Example:
         >>> teacher = TeacherHead(torch.randn(2, 8, 64), torch.randn(32000, 64))
     """
+
+
+@dataclass(frozen=True, eq=False)
+class SampledTokens:
+    """One drawn token per row, as `sample_tokens` returns it.
+
+    Attributes:
+        tokens: [rows] int64; 0 where not valid.
+        logprobs: [rows] float32, log-probability under softmax(logits), in nats; NaN where not valid.
+        filtered_logprobs: [rows] float32, log-probability under the distribution that was drawn from.
+        valid: [rows] bool; False for a row without a legal token or with illegal parameters.
+
+    Example:
+        >>> drawn = sample_tokens(torch.randn(2, 32000), seed=1, position=0)
+        >>> bool(drawn.valid.all())
+        True
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    filtered_logprobs: Tensor
+    valid: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,12 +102,12 @@ class CompressedLogits:
     def reshape(self, *shape: int) -> CompressedLogits:
         """The same positions in another shape, one size of which may be -1."""
         positions = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape
-        return self._map(lambda x, trailing: x.reshape(*positions, *x.shape[x.dim() - trailing :]))
+        return self._map(lambda x, trailing: x.reshape((*positions, *x.shape[x.dim() - trailing :])))
 
     def flatten(self) -> CompressedLogits:
         """All positions in one dimension."""
         count = self.shape.numel()
-        return self._map(lambda x, trailing: x.reshape(count, *x.shape[x.dim() - trailing :]))
+        return self._map(lambda x, trailing: x.reshape((count, *x.shape[x.dim() - trailing :])))
 
     def pack(self, codec: str = "q8") -> Tensor:
         """Bytes [..., bytes] uint8; codecs and their errors: `distillm_ext.packing.pack`."""
@@ -132,9 +132,9 @@ class CompressedLogits:
 
     def _map(self, function: Callable[[Tensor, int], Tensor]) -> CompressedLogits:
         """Every tensor x becomes function(x, dimensions after those of the positions)."""
-        values = {name: getattr(self, name) for name in _TRAILING}
-        mapped = {name: None if x is None else function(x, _TRAILING[name]) for name, x in values.items()}
-        return CompressedLogits(**mapped, temperatures=self.temperatures, vocab_size=self.vocab_size)
+        tensors = [(getattr(self, name), trailing) for name, trailing in _TRAILING.items()]
+        mapped = [None if x is None else function(x, trailing) for x, trailing in tensors]
+        return _unflatten(mapped, (self.temperatures, self.vocab_size))
 
 
 def _is_mask(part: Any) -> bool:
@@ -147,7 +147,8 @@ def _flatten(value: CompressedLogits) -> tuple[list[Any], tuple[tuple[float, ...
 
 def _unflatten(tensors: Any, context: tuple[tuple[float, ...], int]) -> CompressedLogits:
     temperatures, vocab_size = context
-    return CompressedLogits(*tensors, temperatures=temperatures, vocab_size=vocab_size)
+    ids, logprobs, log_norm, tail, label, valid, counts = tensors
+    return CompressedLogits(ids, logprobs, log_norm, tail, label, valid, counts, temperatures, vocab_size)
 
 
 assert [field.name for field in fields(CompressedLogits)][: len(_TRAILING)] == list(_TRAILING)

@@ -5,22 +5,58 @@ Checks arguments once, flattens positions to rows, calls the operator. Options a
 
 from __future__ import annotations
 
+from typing import Any, Literal, NamedTuple, overload
+
 import torch
 from torch import Tensor
 
-from .arguments import _cap_tensor, _row_weight, _rows_of
-from .containers import LinearHead, TeacherHead
+from .arguments import _cap_tensor, _check_tail, _row_weight, _rows_of
+from .containers import DivergenceMetrics, LinearHead, TeacherHead
 from .linear_checks import check_devices, checked_chunk, checked_rows, checked_sides
 from .ops.divergence import DivergenceOptions, loss_dtype
-from .ops.linear_chunks import LinearDivergenceCall
+from .ops.linear_call import LinearDivergenceCall
 from .ops.linear_divergence import linear_divergence
 from .options import checked_options
+
+
+class LinearParts(NamedTuple):
+    """What one pass over the chunks gives."""
+
+    loss: Tensor  # [], or [...] for reduction "none"
+    ce: Tensor  # likewise
+    metrics: DivergenceMetrics | None
+
 
 # Of cross-entropy alone, where no divergence is formed.
 _NO_DIVERGENCE = DivergenceOptions("total_variation", 0.0, 0.0, 1.0, 1.0, -100, False)
 
 
+@overload
 def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: TeacherHead | Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, DivergenceMetrics]: ...
+
+
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: TeacherHead | Tensor,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Any,
+) -> Tensor: ...
+
+
+# The overloads tell the return type alone; the options are those here.
+def linear_distillation_loss(  # type: ignore[misc]
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher: TeacherHead | Tensor,
@@ -41,16 +77,18 @@ def linear_distillation_loss(
     reduction: str = "mean",
     ce_weight: float = 0.0,
     detach_mixture: bool = False,
+    tail: str = "bucket",
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, DivergenceMetrics]:
     r"""`distillation_loss` fused with the language-model heads: no logits are kept, for either side.
 
     With :math:`z = h W^\top + b` the student's logits are :math:`\mathrm{scale} \cdot z`, or with a soft-cap
     :math:`c \tanh(\mathrm{scale} \cdot z / c)`, and the loss is that of `distillation_loss` on them. Logits are formed
     for a chunk of rows, their gradient goes on to hidden states, weight and bias, and the next chunk takes its place:
-    the memory beyond inputs and gradients is that of ``chunk_rows`` logits of both sides and of one gradient (as in
-    Liger Kernel, Hsu et al., 2024, for hard labels).
+    the memory beyond inputs and gradients is that of ``chunk_rows`` logits of both sides, the student's of which become
+    their gradient (as in Liger Kernel, Hsu et al., 2024, for hard labels); a soft-cap adds an eighth of them.
 
     Gradients are formed in the forward pass, those that are needed, and only where gradients are enabled; weight and
     bias accumulate in float32. The backward pass multiplies them by the upstream gradient; a unit one costs nothing.
@@ -78,11 +116,12 @@ def linear_distillation_loss(
             ignored. On the CPU the operator finds them itself. On CUDA that would wait for the device: an index made
             where the batch is collated keeps ignored positions out of the products; without it they take part and
             their gradient is 0.
-        divergence, alpha, beta, temperature, weight, cap, ignore_index, reduction, ce_weight, detach_mixture,
-            num_items, vocab_size: see `distillation_loss`.
+        divergence, alpha, beta, temperature, weight, cap, ignore_index, reduction, ce_weight, detach_mixture, tail,
+            num_items, vocab_size, return_metrics: see `distillation_loss`.
 
     Returns:
-        Scalar, or [...] for reduction "none"; float32 (float64 for float64 input).
+        Scalar, or [...] for reduction "none"; float32 (float64 for float64 input). With ``return_metrics`` a pair of
+        that and `DivergenceMetrics`.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device, name or range.
@@ -94,11 +133,12 @@ def linear_distillation_loss(
     """
     student = LinearHead(student_hidden, student_weight, student_bias, logit_softcap, logit_scale)
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
-    loss, _ = _linear_loss(
+    _check_tail(tail, compressed=False)
+    parts = _linear_loss(
         student, teacher, options, labels, weight=weight, alpha=alpha, cap=cap, rows=rows, reduction=reduction,
-        num_items=num_items, vocab_size=vocab_size, chunk_rows=chunk_rows,
+        num_items=num_items, vocab_size=vocab_size, chunk_rows=chunk_rows, need_metrics=return_metrics,
     )  # fmt: skip
-    return loss
+    return (parts.loss, parts.metrics) if parts.metrics is not None else parts.loss
 
 
 def linear_distillation_parts(
@@ -115,7 +155,8 @@ def linear_distillation_parts(
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
     need_ce: bool = True,
-) -> tuple[Tensor, Tensor]:
+    need_metrics: bool = False,
+) -> LinearParts:
     """`linear_distillation_loss` and, detached, the cross-entropy with labels: same reduction, without its weight.
 
     The cross-entropy costs one more look at the logits of each chunk; without ``need_ce`` it is 0.
@@ -123,7 +164,7 @@ def linear_distillation_parts(
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, -100, False)
     return _linear_loss(
         student, teacher, options, labels, reduction=reduction, num_items=num_items, vocab_size=vocab_size,
-        need_ce=need_ce,
+        alpha=alpha, need_ce=need_ce, need_metrics=need_metrics,
     )  # fmt: skip
 
 
@@ -134,7 +175,7 @@ def linear_cross_entropy_loss(
 
     Reductions, memory and gradients are those of `linear_distillation_loss`.
     """
-    return _linear_loss(student, None, _NO_DIVERGENCE, labels, reduction=reduction, num_items=num_items)[0]
+    return _linear_loss(student, None, _NO_DIVERGENCE, labels, reduction=reduction, num_items=num_items).loss
 
 
 def _linear_loss(
@@ -152,7 +193,8 @@ def _linear_loss(
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
     need_ce: bool = False,
-) -> tuple[Tensor, Tensor]:
+    need_metrics: bool = False,
+) -> LinearParts:
     dtype = checked_sides(student, teacher, options, vocab_size)
     if options.ce_weight != 0 and labels is None:
         raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
@@ -171,11 +213,14 @@ def _linear_loss(
         flat(alpha if isinstance(alpha, Tensor) else None, "alpha"), flat(_cap_tensor(cap, like), "cap"), rows,
         float(student.scale), float(student.softcap or 0.0), teacher_scale, teacher_softcap, options.divergence,
         options.alpha, options.beta, options.temperature, options.ce_weight, options.ignore_index,
-        options.detach_mixture, dtype, checked_chunk(chunk_rows), vocab_size or 0, reduction == "none", need_ce,
-        _needs(student.hidden), _needs(student.weight), _needs(student.bias),
+        options.detach_mixture, dtype, checked_chunk(chunk_rows), vocab_size or 0, reduction == "none",
+        need_ce, need_metrics, _needs(student.hidden), _needs(student.weight), _needs(student.bias),
     )  # fmt: skip
-    loss, ce = linear_divergence(call)
-    return (loss.reshape(shape), ce.reshape(shape)) if reduction == "none" else (loss, ce)
+    loss, ce, row_metrics = linear_divergence(call)
+    metrics = DivergenceMetrics.from_rows(row_metrics, shape) if need_metrics else None
+    if reduction == "none":
+        loss, ce = loss.reshape(shape), ce.reshape(shape)
+    return LinearParts(loss, ce, metrics)
 
 
 def _needs(x: Tensor | None) -> bool:

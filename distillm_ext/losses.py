@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .containers import TeacherHead
+from .containers import DivergenceMetrics, TeacherHead
 from .functional import distillation_loss
 from .linear import linear_distillation_loss
 
@@ -15,11 +15,12 @@ class DistillationLoss(nn.Module):
     """Callable `distillation_loss` with fixed hyper-parameters.
 
     Args:
-        divergence, alpha, beta, temperature, cap, ignore_index, reduction, ce_weight, detach_mixture, vocab_size: as in
-            `distillm_ext.distillation_loss`.
+        divergence, alpha, beta, temperature, cap, ignore_index, reduction, ce_weight, detach_mixture, tail, vocab_size,
+            inplace: as in `distillm_ext.distillation_loss`.
 
     Shape:
-        student_logits [..., V], teacher logits [..., Vt], labels and weight [...] -> scalar, or [...] for "none".
+        student_logits [..., V], teacher logits [..., Vt], labels and weight [...] -> scalar, or [...] for "none"; with
+        ``return_metrics=True`` a pair of that and `DivergenceMetrics`.
 
     Example:
         >>> criterion = DistillationLoss(divergence="skew_kl", alpha=0.1)
@@ -38,7 +39,9 @@ class DistillationLoss(nn.Module):
         reduction: str = "mean",
         ce_weight: float = 0.0,
         detach_mixture: bool = False,
+        tail: str = "bucket",
         vocab_size: int | None = None,
+        inplace: bool = False,
     ) -> None:
         super().__init__()
         self.divergence = divergence
@@ -50,7 +53,9 @@ class DistillationLoss(nn.Module):
         self.reduction = reduction
         self.ce_weight = ce_weight
         self.detach_mixture = detach_mixture
+        self.tail = tail
         self.vocab_size = vocab_size
+        self.inplace = inplace
 
     def forward(
         self,
@@ -60,10 +65,10 @@ class DistillationLoss(nn.Module):
         *,
         weight: Tensor | None = None,
         num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        return distillation_loss(
-            student_logits, teacher, labels, weight=weight, num_items=num_items, **self.hyper_parameters()
-        )
+        return_metrics: bool = False,
+    ) -> Tensor | tuple[Tensor, DivergenceMetrics]:
+        options: dict[str, Any] = {**self.hyper_parameters(), "return_metrics": return_metrics}
+        return distillation_loss(student_logits, teacher, labels, weight=weight, num_items=num_items, **options)
 
     def hyper_parameters(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
@@ -99,6 +104,7 @@ class LinearDistillationLoss(DistillationLoss):
         **options: Any,
     ) -> None:
         super().__init__(divergence, **options)
+        del self.inplace  # there are no logits to overwrite
         self.logit_softcap = logit_softcap
         self.logit_scale = logit_scale
         self.chunk_rows = chunk_rows
@@ -114,10 +120,12 @@ class LinearDistillationLoss(DistillationLoss):
         weight: Tensor | None = None,
         rows: Tensor | None = None,
         num_items: int | Tensor | None = None,
-    ) -> Tensor:
+        return_metrics: bool = False,
+    ) -> Tensor | tuple[Tensor, DivergenceMetrics]:
+        options: dict[str, Any] = {**self.hyper_parameters(), "return_metrics": return_metrics}
         return linear_distillation_loss(
             student_hidden, student_weight, teacher, labels, student_bias=student_bias, weight=weight, rows=rows,
-            num_items=num_items, **self.hyper_parameters(),
+            num_items=num_items, **options,
         )  # fmt: skip
 
 
@@ -168,3 +176,10 @@ class AlphaBetaLoss(DistillationLoss):
 
     def __init__(self, alpha: float = 0.2, beta: float = 0.7, **options) -> None:
         super().__init__("alpha_beta", alpha=alpha, beta=beta, **options)
+
+
+class AdaptiveKLLoss(DistillationLoss):
+    """`DistillationLoss` with divergence="adaptive_kl"; alpha is the mass of the teacher's head."""
+
+    def __init__(self, alpha: float = 0.5, **options) -> None:
+        super().__init__("adaptive_kl", alpha=alpha, **options)

@@ -65,6 +65,30 @@ def token_adaptive(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (w * forward + (1 - w) * reverse).sum(-1)
 
 
+def head_of(log_p: Tensor, mu: Tensor) -> Tensor:
+    """The head of adaptive_kl: cumulative mass up to mu, largest first, equal ones by id; the top always."""
+    order = log_p.sort(stable=True, dim=-1, descending=True).indices
+    inside = log_p.gather(-1, order).exp().cumsum(-1) <= mu
+    inside[..., 0] = True
+    return torch.zeros_like(inside).scatter(-1, order, inside)
+
+
+def adaptive_kl(log_p: Tensor, log_q: Tensor, mu: Tensor) -> Tensor:
+    distance, head = (log_p.exp() - log_q.exp()).abs().detach(), head_of(log_p, mu)
+    g_head, g_tail = (distance * head).sum(-1), (distance * ~head).sum(-1)
+    share = torch.where(g_head + g_tail > 0, g_tail / (g_head + g_tail).clamp(min=1e-300), 0.5)
+    forward, reverse = forward_kl(log_p, log_q), reverse_kl(log_p, log_q)
+    # A direction without a share is left out: it may be infinite.
+    weighted = torch.where(share < 1, (1 - share) * forward, 0), torch.where(share > 0, share * reverse, 0)
+    return weighted[0] + weighted[1]
+
+
+def interpolated(log_p: Tensor, log_q: Tensor, t: Tensor) -> Tensor:
+    # Logits and log-probabilities differ by a constant of the row, which the softmax does not see.
+    blend = torch.where(t == 0, log_q, torch.where(t == 1, log_p, (1 - t) * log_q + t * log_p)).detach()
+    return forward_kl(blend.log_softmax(-1), log_q)
+
+
 def per_token_divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -84,8 +108,8 @@ def per_token_divergence(
         (F.pad(logits, (0, width - logits.shape[-1]), value=-torch.inf) / temperature).log_softmax(-1)
         for logits in (teacher_logits.detach(), student_logits)
     )
-    alpha = DEFAULT_ALPHA.get(divergence, 0.0) if alpha is None else alpha
-    beta = DEFAULT_BETA.get(divergence, 0.0) if beta is None else beta
+    alpha = (DEFAULT_ALPHA.get(divergence) or 0.0) if alpha is None else alpha
+    beta = (DEFAULT_BETA.get(divergence) or 0.0) if beta is None else beta
     a, b = (torch.as_tensor(x, dtype=log_q.dtype, device=log_q.device).unsqueeze(-1) for x in (alpha, beta))
     formulas = {
         "forward_kl": lambda: forward_kl(log_p, log_q),
@@ -97,6 +121,8 @@ def per_token_divergence(
         "total_variation": lambda: total_variation(log_p, log_q),
         "alpha_beta": lambda: alpha_beta(log_p, log_q, a, b),
         "token_adaptive": lambda: token_adaptive(log_p, log_q),
+        "adaptive_kl": lambda: adaptive_kl(log_p, log_q, a),
+        "interpolated": lambda: interpolated(log_p, log_q, a),
     }
     if divergence not in formulas:
         raise ValueError(f"divergence '{divergence}' has no reference formula.")

@@ -28,6 +28,21 @@ def log_mixture(alpha: float, log_a: np.ndarray, log_b: np.ndarray) -> np.ndarra
         return np.logaddexp(np.log(alpha) + log_a, np.log(1 - alpha) + log_b)
 
 
+def adaptive_share(log_p: np.ndarray, log_q: np.ndarray, mu: float) -> float:
+    """Weight of the reverse divergence in adaptive_kl; the head by sorting (-log p, id)."""
+    order = sorted(range(len(log_p)), key=lambda v: (-log_p[v], v))
+    distance, mass, g = np.abs(np.exp(log_p) - np.exp(log_q)), 0.0, [0.0, 0.0]
+    for rank, v in enumerate(order):
+        mass += np.exp(log_p[v])
+        g[0 if rank == 0 or mass <= mu else 1] += distance[v]
+    return g[1] / sum(g) if sum(g) > 0 else 0.5
+
+
+def blended(student: np.ndarray, teacher: np.ndarray, t: float) -> np.ndarray:
+    """Logits of interpolated: (1 - t) student + t teacher, -inf where a side that counts is."""
+    return student if t == 0 else teacher if t == 1 else (1 - t) * student + t * teacher
+
+
 def terms(
     name: str, log_p: np.ndarray, log_q: np.ndarray, alpha: float, beta: float, detach: bool
 ) -> tuple[float, np.ndarray]:
@@ -40,6 +55,14 @@ def terms(
         return reverse.sum(), reverse + q
     if name == "symmetric_kl":
         return ((1 - beta) * forward + beta * reverse).sum(), -(1 - beta) * p + beta * (reverse + q)
+    if name == "adaptive_kl":
+        share = adaptive_share(log_p, log_q, alpha)
+        sides = {"forward_kl": 1 - share, "reverse_kl": share}
+        parts = [(w, terms(side, log_p, log_q, alpha, beta, detach)) for side, w in sides.items() if w > 0]
+        return sum(w * value for w, (value, _) in parts), sum(w * g for w, (_, g) in parts)
+    if name == "interpolated":
+        log_t = log_softmax(blended(log_q, log_p, alpha))
+        return times_log_ratio(log_t, log_q).sum(), -np.exp(log_t)
     if name == "total_variation":
         return 0.5 * np.abs(p - q).sum(), 0.5 * q * np.sign(q - p)
     if name == "alpha_beta":
@@ -80,7 +103,7 @@ def row_reference(case: DivergenceCase, row: int) -> tuple[float, np.ndarray, np
     student, teacher = padded(case.student[row], widest), padded(case.teacher[row], widest)
     log_q, log_p = log_softmax(student / case.temperature), log_softmax(teacher / case.temperature)
     legal = not np.isnan([weight, cap, log_q.sum(), log_p.sum()]).any() and student.max() < np.inf > teacher.max()
-    if "skew" in case.divergence:
+    if "skew" in case.divergence or case.divergence in ("adaptive_kl", "interpolated"):
         legal = legal and 0 <= alpha <= 1
     if case.ce_weight:
         legal = legal and 0 <= label < vocab

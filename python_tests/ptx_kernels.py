@@ -176,11 +176,11 @@ class KernelResources:
     static_shared_bytes: int
 
 
-def ptxas_report(arch: str) -> list[KernelResources]:
-    """Compiles every kernel for a real architecture and reads `ptxas -v`."""
+def ptxas_report(arch: str, source: str = "all.cu") -> list[KernelResources]:
+    """Compiles the kernels of a file of python_tests/kernels for a real architecture and reads `ptxas -v`."""
     with tempfile.TemporaryDirectory() as folder:
         command = [ptxsim.find_nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v",
-                   f"-I{ROOT / 'csrc'}", str(KERNELS / "all.cu"), "-o", f"{folder}/all.cubin"]  # fmt: skip
+                   f"-I{ROOT / 'csrc'}", str(KERNELS / source), "-o", f"{folder}/all.cubin"]  # fmt: skip
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     pattern = (
         r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"

@@ -43,6 +43,8 @@ def test_every_field_has_help(field):
         ({"warmup_objective_steps": 3}, "warmup_objective: 3 warmup_objective_steps need an objective"),
         ({"teacher_dtype": "int8"}, "teacher_dtype: expected one of auto"),
         ({"alpha": 1.5}, r"alpha: expected a finite number in \[0, 1\], got 1.5"),
+        ({"divergence": "interpolated"}, "alpha: divergence 'interpolated' needs the teacher's share"),
+        ({"divergence": "adaptive_kl", "alpha": 1.5}, r"alpha: expected a finite number in \[0, 1\]"),
         ({"alpha": 0.5, "divergence": "forward_kl"}, "alpha: has no meaning for divergence 'forward_kl'"),
         ({"beta": 0.5}, "beta: has no meaning for divergence 'skew_kl'"),
         ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from divergence_cases import required
 
 from distillm_ext import distillation_loss
 from distillm_ext.functional import DIVERGENCES
@@ -29,7 +30,7 @@ def test_opcheck(dtype, need_gradient):
     for options in ((None, None, None, None), (labels, rows, rows, rows)):
         arguments = (
             student if need_gradient else student.detach(), teacher, *options, "skew_kl", 0.1, 0.0, 2.0,
-            0.5 if options[0] is not None else 0.0, -100, False, need_gradient,
+            0.5 if options[0] is not None else 0.0, -100, False, 0, need_gradient, True,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.distillm_ext.divergence.default, arguments)
 
@@ -40,8 +41,11 @@ def test_opcheck_scale_rows():
         torch.library.opcheck(torch.ops.distillm_ext.scale_rows_.default, (gradient, scale))
 
 
-# The weight of token_adaptive is held constant, which finite differences do not see.
-@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "token_adaptive"])
+# What these hold constant, finite differences do not see; test_divergence_row.py holds it for them.
+HELD = ("token_adaptive", "adaptive_kl", "interpolated")
+
+
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name not in HELD])
 @pytest.mark.parametrize("temperature", (1.0, 1.7))
 def test_gradcheck(divergence, temperature):
     student, teacher = pair(5, 9, torch.float64)
@@ -63,7 +67,7 @@ def test_compile_fullgraph(divergence, dynamic):
 
     def step(hidden, teacher, labels):
         logits = hidden * 2.0
-        return distillation_loss(logits, teacher, labels, divergence=divergence, ce_weight=0.5)
+        return distillation_loss(logits, teacher, labels, ce_weight=0.5, **required(dict(divergence=divergence)))
 
     step(student, teacher, labels).backward()
     expected, student.grad = student.grad, None
@@ -175,7 +179,8 @@ def test_instruction_sets_agree(isa, tmp_path):
         "    s, t = (torch.randn(5, 1500).mul(4).to(dtype) for _ in range(2))\n"
         "    for d in DIVERGENCES:\n"
         "        s = s.detach().requires_grad_()\n"
-        "        distillation_loss(s, t, divergence=d).backward()\n"
+        "        a = 0.4 if d == 'interpolated' else None\n"
+        "        distillation_loss(s, t, divergence=d, alpha=a).backward()\n"
         "        results.append(s.grad.double())\n"
         "torch.save({'isa': build_info()['cpu_isa'], 'gradients': results}, sys.argv[1])\n"
     )

@@ -54,6 +54,11 @@ BAD = {
     "ce_weight without labels": (ValueError, "ce_weight needs labels", dict(ce_weight=1.0)),
     "detach_mixture": (ValueError, "detach_mixture is an option of skew_reverse_kl", dict(detach_mixture=True)),
     "ignore_index": (TypeError, "ignore_index must be an int", dict(ignore_index=1.5)),
+    "alpha of interpolated": (ValueError, "interpolated needs alpha", dict(divergence="interpolated")),
+    "alpha of adaptive_kl": (ValueError, r"alpha must lie in \[0, 1\]", dict(divergence="adaptive_kl", alpha=1.5)),
+    "tail": (ValueError, "tail must be one of bucket, .*got 'rest'", dict(tail="rest")),
+    "tail without use": (ValueError, "tail is an option of a CompressedLogits teacher", dict(tail="truncate")),
+    "inplace without gradient": (ValueError, "do not require a gradient", dict(inplace=True)),
     "vocab_size range": (ValueError, "vocab_size must lie in 1..10", dict(vocab_size=11)),
     "vocab_size type": (TypeError, "vocab_size must be an int", dict(vocab_size=5.0)),
 }
@@ -69,11 +74,12 @@ def test_bad_arguments(case):
 
 def test_named_forms_and_modules_are_the_same_function():
     for name in DIVERGENCES:
-        expected = distillation_loss(STUDENT, TEACHER, LABELS, divergence=name, temperature=2.0)
+        options = dict(temperature=2.0, **({"alpha": 0.4} if name == "interpolated" else {}))
+        expected = distillation_loss(STUDENT, TEACHER, LABELS, divergence=name, **options)
         form = getattr(distillm_ext, f"{name}_loss", None)
         if form is not None:
-            torch.testing.assert_close(form(STUDENT, TEACHER, LABELS, temperature=2.0), expected)
-        module = losses.DistillationLoss(name, temperature=2.0)
+            torch.testing.assert_close(form(STUDENT, TEACHER, LABELS, **options), expected)
+        module = losses.DistillationLoss(name, **options)
         torch.testing.assert_close(module(STUDENT, TEACHER, LABELS), expected)
     for module_class, name in (
         (losses.ForwardKLLoss, "forward_kl"),

@@ -23,6 +23,7 @@ from trainer_world import (
 from distillm_ext import reference
 from distillm_ext.ops import linear_chunks
 from distillm_ext.training.heads import LogitReader
+from distillm_ext.training.meters import METRICS
 from distillm_ext.training.policies import Source
 
 
@@ -65,7 +66,7 @@ def expected_gradients(loss_of, model):
 # ---- the loss
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "skew_kl", "skew_reverse_kl", "adaptive_kl"])
 def test_first_gradient_is_that_of_the_formula(tmp_path, divergence):
     teacher, rows = tiny_model(2, layers=2), token_rows(8)
 
@@ -95,8 +96,26 @@ def test_accumulation_equals_one_big_batch(tmp_path):
             tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **settings
         )
         assert_gradients_equal(split, whole)
-        for key in ("loss", "loss_divergence", "loss_ce", "loss_lm"):
+        for key in ("loss", "loss_divergence", "loss_ce", "loss_lm", *METRICS):
             assert split_log[key] == pytest.approx(log[key], rel=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_metrics_are_means_over_the_targets(tmp_path, monkeypatch, fused):
+    rows, logits = token_rows(8), []
+    for model in (tiny_model(2, layers=2), tiny_model(1)):
+        with torch.no_grad():
+            logits.append(response_logits(model, rows)[0] / 2.0)
+    expected = {
+        name: -(x.softmax(-1) * x.log_softmax(-1)).sum(-1).mean()
+        for name, x in zip(("teacher_entropy", "student_entropy"), logits, strict=True)
+    }
+    expected["top1_agreement"] = (logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean()
+    if not fused:
+        monkeypatch.setattr(LogitReader, "fuses", lambda self: False)
+    _, log = first_step(tmp_path, temperature=2.0, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    for name, value in expected.items():
+        assert log[name] == pytest.approx(float(value), rel=1e-5)
 
 
 def test_plain_text_adds_its_own_mean(tmp_path):
@@ -462,7 +481,7 @@ def test_every_log_has_the_method_in_it(tmp_path):
     assert len(logs) == 2
     for entry in logs:
         assert entry["batches_data"] + entry["batches_fresh"] + entry["batches_replay"] == 4
-        assert {"phi", "replay_size", "tokens_per_second", "batch_source", "loss_divergence"} <= set(entry)
+        assert {"phi", "replay_size", "tokens_per_second", "batch_source", "loss_divergence", *METRICS} <= set(entry)
         shares = [entry[f"time_{name}"] for name in ("generation", "teacher", "student", "loss", "other")]
         assert all(0 <= share <= 1 for share in shares) and sum(shares) == pytest.approx(1.0, abs=0.02)
         assert entry["tokens_per_second"] > 0 and entry["time_student"] > 0

@@ -13,6 +13,7 @@ from trainer_worker import RANK_JOBS, rank_trainer
 from trainer_world import logged, tiny_model, weights
 
 from distillm_ext.training.heads import TokenBatch
+from distillm_ext.training.meters import METRICS
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 
@@ -54,7 +55,7 @@ def test_gradients_and_weights_equal_those_of_one_process(out, tmp_path, job):
         assert report["world_size"] == 2
         assert_close(load_file(out / job / f"gradients{rank}.safetensors"), recorder.gradients)
         assert_close(load_file(out / job / f"rank{rank}.safetensors"), weights(single))
-        for key in ("loss", "loss_divergence", "loss_lm", "loss_ce"):
+        for key in ("loss", "loss_divergence", "loss_lm", "loss_ce", *METRICS):
             assert column(report, key) == pytest.approx(logged(single, key), rel=1e-4)
 
 

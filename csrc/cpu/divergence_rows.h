@@ -6,7 +6,7 @@
 //   scratch;
 //   3. gradient: (1) of math/divergence.h from G and the student's exponentials, written once.
 // The logits come from memory once. Scratch is two rows of the arithmetic type per thread; it replaces the logits in
-// the cache, and no exponential, logarithm or division is computed twice. Metrics are read off between 1 and 2.
+// the cache, and no exponential, logarithm or division is computed twice. Metrics come along with 1.
 #pragma once
 
 #include <cstring>
@@ -18,7 +18,6 @@
 #include "blended_row.h"
 #include "divergence.h"
 #include "divergence_passes.h"
-#include "row_metrics.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {
@@ -106,10 +105,14 @@ struct RowSoftmaxes {
 // Pass 1, and the metrics where they are asked for.
 template <class Real>
 RowSoftmaxes<Real> row_softmaxes(const RowTask<Real>& task) {
-  const Softmax<Real> q = exponentials_of(task.student, task.vocab, task.scale(), task.q);
-  const Softmax<Real> p = exponentials_of(task.teacher, task.vocab, task.scale(), task.p);
-  if (task.metrics() && q.usable() && p.usable()) {
-    write_metrics(side_metrics(task.teacher, p, task.p), side_metrics(task.student, q, task.q), task.metrics());
+  SideMetrics<Real> student{0, 0}, teacher{0, 0};
+  Real* out = task.metrics();
+  const Softmax<Real> q = exponentials_of(task.student, task.vocab, task.scale(), task.q, out ? &student : nullptr);
+  const Softmax<Real> p = exponentials_of(task.teacher, task.vocab, task.scale(), task.p, out ? &teacher : nullptr);
+  if (out) {
+    out[0] = teacher.entropy;
+    out[1] = student.entropy;
+    out[2] = teacher.top == student.top ? Real(1) : Real(0);
   }
   return {q, p};
 }
@@ -168,7 +171,7 @@ struct InterpolatedMember {
     RowSoftmaxes<Real> softmaxes =
         task.metrics() ? row_softmaxes(task)
                        : RowSoftmaxes<Real>{exponentials_of(task.student, task.vocab, task.scale(), task.q), {}};
-    const BlendedRow<Real> blended(task.student, task.teacher, task.parameters.alpha);
+    const BlendedRow<Real> blended(task.student, softmaxes.q.maximum, task.teacher, task.parameters.alpha);
     softmaxes.p = exponentials_of(blended, task.vocab, task.scale(), task.p);
     return finish_row(task, blended, softmaxes, ForwardKl<Real>(task.parameters),
                       in_unit_interval(task.parameters.alpha));

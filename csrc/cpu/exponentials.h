@@ -46,32 +46,57 @@ struct Exponentials {
   Real* tile_factor;
 };
 
+// sum of e = 2^x over a tile, and sum of e x, which the entropy is made of.
 template <class Real>
-Real tile_exponentials(const Real* z, int64_t count, Real reference, Real scale, Real* out) {
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
+struct ExponentialSums {
+  Real e, ex;
+};
+
+// kWeighted: whether the sum of e x is wanted. There x is kept finite: an entry whose exponential is 0 adds 0.
+template <bool kWeighted, class Real>
+ExponentialSums<Real> tile_exponentials(const Real* z, int64_t count, Real reference, Real scale, Real* out) {
+  constexpr Real kLowest = std::numeric_limits<Real>::min_exponent - 2;
+  Real sum = 0, weighted = 0;
+#pragma omp simd reduction(+ : sum, weighted)
   for (int64_t i = 0; i < count; ++i) {
-    const Real e = exp2_fast((z[i] - reference) * scale);
+    const Real x = (z[i] - reference) * scale, e = exp2_fast(x);
     out[i] = e;
     sum += e;
+    if constexpr (kWeighted) weighted += e * at_least(x, kLowest);
   }
-  return sum;
+  return {sum, weighted};
 }
 
-// The online part: largest logit and sum of exponentials so far.
+// The online part: largest logit, sum of exponentials and of exponentials times exponents so far.
 template <class Real>
 struct OnlineSum {
   Real scale;
   Real maximum = -std::numeric_limits<Real>::infinity();
   Real reference = std::numeric_limits<Real>::lowest();  // finite: a masked tile adds 0, not NaN
-  double sum = 0;
+  double sum = 0, weighted = 0;
+  int64_t top_start = 0;  // of the tile with the first of the largest logits
 
-  void raise(Real tile_max) {
+  // Whatever was summed up so far refers to `reference` from here on.
+  void raise(Real tile_max, int64_t start) {
     if (!(tile_max > maximum)) return;
     maximum = tile_max;
+    top_start = start;
     const Real raised = at_least(tile_max, std::numeric_limits<Real>::lowest());
-    sum *= exp2_fast((reference - raised) * scale);
+    const Real shift = (reference - raised) * scale;
+    const double factor = exp2_fast(shift);
+    // The product of a factor that is 0 must not meet an infinite shift.
+    weighted = factor * (weighted + static_cast<double>(at_least(shift, Real(-1e4))) * sum);
+    sum *= factor;
     reference = raised;
+  }
+  void add(ExponentialSums<Real> tile) {
+    sum += static_cast<double>(tile.e);
+    weighted += static_cast<double>(tile.ex);
+  }
+  // -sum p log p in nats.
+  Real entropy() const {
+    const Real nats = static_cast<Real>(kLn2 * (std::log2(sum) - weighted / sum));
+    return nats > Real(0) ? nats : Real(0);
   }
   Softmax<Real> softmax() const {
     const bool usable = maximum > -std::numeric_limits<Real>::infinity() && sum == sum;
@@ -87,22 +112,41 @@ Softmax<Real> softmax_of(const LogitRow<Real>& row, Real scale) {
   for (int64_t start = 0; start < row.vocab; start += kTile) {
     const int64_t count = row.vocab - start < kTile ? row.vocab - start : kTile;
     const Real* z = row.tile(start, count, buffer);
-    online.raise(tile_maximum(z, count));
-    online.sum += tile_exp_sum(z, count, online.reference, scale);
+    online.raise(tile_maximum(z, count), start);
+    online.add({tile_exp_sum(z, count, online.reference, scale), 0});
   }
   return online.softmax();
 }
 
-// Pass 1 of one side, over `vocab` entries, which may be more than the side has. Row: LogitRow, or what has its tile().
+template <class Real>
+struct SideMetrics {
+  Real entropy;  // nats
+  int64_t top;   // first entry with the largest logit
+};
+
+// Index of the first entry of the tile at `start` that equals `value`, which is one of them.
 template <class Real, class Row>
-Softmax<Real> exponentials_of(const Row& row, int64_t vocab, Real scale, Exponentials<Real> out) {
+int64_t first_of_tile(const Row& row, int64_t start, int64_t vocab, Real value) {
+  alignas(64) Real buffer[kTile];
+  const int64_t count = vocab - start < kTile ? vocab - start : kTile;
+  const Real* z = row.tile(start, count, buffer);
+  int64_t i = 0;
+  while (i + 1 < count && z[i] != value) ++i;
+  return start + i;
+}
+
+// Pass 1 of one side, over `vocab` entries, which may be more than the side has. Row: LogitRow, or what has its tile().
+// With `metrics`, entropy and top entry come along, of rows that are usable.
+template <bool kMetrics, class Real, class Row>
+Softmax<Real> exponentials_with(const Row& row, int64_t vocab, Real scale, Exponentials<Real> out,
+                                SideMetrics<Real>* metrics) {
   alignas(64) Real buffer[kTile];
   OnlineSum<Real> online{scale};
   for (int64_t start = 0; start < vocab; start += kTile) {
     const int64_t count = vocab - start < kTile ? vocab - start : kTile;
     const Real* z = row.tile(start, count, buffer);
-    online.raise(tile_maximum(z, count));
-    online.sum += tile_exponentials(z, count, online.reference, scale, out.values + start);
+    online.raise(tile_maximum(z, count), start);
+    online.add(tile_exponentials<kMetrics>(z, count, online.reference, scale, out.values + start));
     out.tile_factor[start / kTile] = online.reference;
   }
   const Softmax<Real> softmax = online.softmax();
@@ -110,7 +154,19 @@ Softmax<Real> exponentials_of(const Row& row, int64_t vocab, Real scale, Exponen
   for (int64_t tile = 0; tile * kTile < vocab; ++tile) {
     out.tile_factor[tile] = exp2_fast((out.tile_factor[tile] - softmax.maximum) * scale) * inverse_sum;
   }
+  if constexpr (kMetrics) {
+    if (softmax.usable()) {
+      *metrics = {online.entropy(), first_of_tile(row, online.top_start, vocab, softmax.maximum)};
+    }
+  }
   return softmax;
+}
+
+template <class Real, class Row>
+Softmax<Real> exponentials_of(const Row& row, int64_t vocab, Real scale, Exponentials<Real> out,
+                              SideMetrics<Real>* metrics = nullptr) {
+  return metrics ? exponentials_with<true>(row, vocab, scale, out, metrics)
+                 : exponentials_with<false>(row, vocab, scale, out, metrics);
 }
 
 }  // namespace DISTILLM_ISA

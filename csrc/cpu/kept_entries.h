@@ -136,8 +136,8 @@ OnlineSum<Real> tail_exponentials(const LogitRow<Real>& student, Real scale, con
       set.overwrite(tile, count, -std::numeric_limits<Real>::infinity(), buffer);
       z = buffer;
     }
-    online.raise(tile_maximum(z, count));
-    online.sum += tile_exponentials(z, count, online.reference, scale, out.values + start);
+    online.raise(tile_maximum(z, count), start);
+    online.add(tile_exponentials<false>(z, count, online.reference, scale, out.values + start));
     out.tile_factor[tile] = online.reference;
   }
   return online;
@@ -148,8 +148,8 @@ OnlineSum<Real> online_sum_of(const Real* z, int64_t total, Real scale) {
   OnlineSum<Real> online{scale};
   for (int64_t start = 0; start < total; start += kTile) {
     const int64_t count = total - start < kTile ? total - start : kTile;
-    online.raise(tile_maximum(z + start, count));
-    online.sum += tile_exp_sum(z + start, count, online.reference, scale);
+    online.raise(tile_maximum(z + start, count), start);
+    online.add({tile_exp_sum(z + start, count, online.reference, scale), 0});
   }
   return online;
 }
@@ -160,7 +160,7 @@ struct SplitSoftmax {
   OnlineSum<Real> off, on, all;
 
   SplitSoftmax(OnlineSum<Real> off, OnlineSum<Real> on) : off(off), on(on), all(off) {
-    all.raise(on.maximum);
+    all.raise(on.maximum, on.top_start);
     all.sum += on.sum * exp2_of(on, all);
   }
 

@@ -16,7 +16,8 @@ inline namespace DISTILLM_ISA {
 template <class Real>
 constexpr Real kMinusInfinity = -std::numeric_limits<Real>::infinity();
 
-// (1 - t) student + t teacher, 0 <= t <= 1. Exactly the student where both are equal, and the plain side at t = 0 and
+// (1 - t) student + t teacher, 0 <= t <= 1. Both are logits less the largest of their row: far from each other they
+// would lose their digits in the difference. Exactly the student where both are equal, and the plain side at t = 0 and
 // t = 1; an entry of -inf on a side that counts is -inf. A NaN of the teacher stays one.
 template <class Real>
 DISTILLM_HD Real blended_logit(Real student, Real teacher, Real t) {

@@ -58,6 +58,7 @@ class _InPlace(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         gradient = student.detach()
         loss, metrics = torch.ops.distillm_ext.divergence_(gradient, *arguments)
+        torch.autograd.graph.increment_version(gradient)  # operators of the stable ABI leave that to the caller
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(metrics)
         ctx.save_for_backward(gradient)

@@ -7,59 +7,22 @@ states, weight and bias are complete when the forward pass ends (as in Liger Ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .divergence import loss_dtype
+from .linear_call import LinearDivergenceCall
+from .linear_gradients import Accumulate, Gradients, accumulate_cpu, accumulate_cuda, spread
 
-# What automatic chunks may take: logits of both sides and the gradient of the student's.
+# What automatic chunks may take: logits of both sides. The gradient takes the place of the student's.
 MEMORY_BUDGET = 256 * 2**20
 # Fewer rows would leave the products bound by reading the weights.
 MIN_CHUNK_ROWS = 16
-# Vocabulary entries whose part of a weight gradient is formed at once where it has to be converted.
-_TILE = 4096
-
-
-class LinearDivergenceCall(NamedTuple):
-    """The operator's arguments in the order of its schema; `linear` documents and checks them.
-
-    R rows, student hidden size H and vocabulary V, teacher Ht and Vt.
-    """
-
-    hidden: Tensor  # [R, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    teacher: Tensor | None  # [R, Ht] with a teacher_weight, else logits [R, Vt]; None: cross-entropy alone
-    teacher_weight: Tensor | None  # [Vt, Ht]
-    teacher_bias: Tensor | None  # [Vt]
-    labels: Tensor | None  # [R] int64
-    row_weight: Tensor | None  # [R], the loss dtype, as alpha_rows and cap
-    alpha_rows: Tensor | None
-    cap: Tensor | None
-    rows: Tensor | None  # int64, distinct: the only rows to look at
-    scale: float
-    softcap: float  # 0: none
-    teacher_scale: float
-    teacher_softcap: float
-    divergence: str
-    alpha: float
-    beta: float
-    temperature: float
-    ce_weight: float
-    ignore_index: int
-    detach_mixture: bool
-    dtype: torch.dtype  # of the student's products
-    chunk_rows: int  # 0: from the memory budget
-    vocab_size: int  # entries of both sides to use; 0: all
-    per_row: bool  # loss [R]; its gradients are formed in the backward pass
-    need_ce: bool
-    need_hidden: bool
-    need_weight: bool
-    need_bias: bool
+# A soft-cap's own gradient needs the logits that the gradient overwrites: so many parts of a chunk keep theirs in turn.
+_SOFTCAP_PARTS = 8
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, out: Tensor) -> Tensor:
@@ -85,26 +48,49 @@ class _Chunks:
     size: int
     student_buffer: Tensor
     teacher_buffer: Tensor | None
+    kept_logits: Tensor  # [size / _SOFTCAP_PARTS, V], [0] where not needed
 
-    def run(self, begin: int, gradients: _Gradients) -> tuple[Tensor, Tensor]:
-        """Rows from `begin`: their losses [n] and cross-entropies [n] (or [0]); adds to the gradients."""
+    def run(self, begin: int, gradients: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows from `begin`: losses [n], cross-entropies [n] (or [0]), metrics [n, 3] (or [0]); adds to the gradients.
+
+        The student's logits become their gradient.
+        """
         call = self.call
         part = slice(begin, min(begin + self.size, call.hidden.shape[0]))
         student = self.student_buffer[: part.stop - part.start]
         project(call.hidden[part], call.weight, call.bias, call.scale, call.softcap, student)
-        need = gradients.needed
-        loss, ce = student.new_empty(0), student.new_empty(0)
-        if call.need_ce or call.teacher is None:
-            ce, gradient = self._cross_entropy(student, part, need and call.teacher is None)
-            loss = ce
-        if call.teacher is not None:
-            loss, gradient = _divergence(call, student, self._teacher_logits(part), part, need)
-        if need:
-            if call.softcap:
-                # d softcap tanh(x / softcap) / dx = 1 - (logit / softcap)^2; nobody reads the logits after this.
-                gradient.addcmul_(gradient, student.square_(), value=-1 / call.softcap**2)
-            gradients.add(part, gradient)
-        return loss, ce
+        ce = student.new_empty(0)
+        if call.teacher is None:
+            loss, metrics = self._overwrite(
+                _alone(call), student, student.new_zeros(student.shape[0], 1), part, gradients
+            )
+            ce = loss
+        else:
+            if call.need_ce:
+                ce, _ = _divergence(_alone(call), student, student.new_zeros(student.shape[0], 1), part)
+            loss, metrics = self._overwrite(call, student, self._teacher_logits(part), part, gradients)
+        if gradients.needed:
+            gradients.add(part, student)
+        return loss, ce, metrics
+
+    def _overwrite(
+        self, call: LinearDivergenceCall, student: Tensor, teacher: Tensor, part: slice, gradients: Gradients
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and metrics; where gradients are needed, that of the head's output takes the place of `student`."""
+        if not gradients.needed:
+            return _divergence(call, student, teacher, part)
+        if not call.softcap:
+            return _divergence_(call, student, teacher, part)
+        found = []
+        for begin in range(0, student.shape[0], len(self.kept_logits)):
+            piece = slice(begin, min(begin + len(self.kept_logits), student.shape[0]))
+            gradient, kept = student[piece], self.kept_logits[: piece.stop - begin].copy_(student[piece])
+            rows = slice(part.start + begin, part.start + piece.stop)
+            found.append(_divergence_(call, gradient, teacher[piece], rows))
+            # d softcap tanh(x / softcap) / dx = 1 - (logit / softcap)^2
+            gradient.addcmul_(gradient, kept.square_(), value=-1 / call.softcap**2)
+        losses, metrics = zip(*found, strict=True)
+        return torch.cat(losses), torch.cat(metrics)
 
     def _teacher_logits(self, part: slice) -> Tensor:
         call = self.call
@@ -119,100 +105,36 @@ class _Chunks:
             call.teacher[part], call.teacher_weight, call.teacher_bias, call.teacher_scale, call.teacher_softcap, out
         )
 
-    def _cross_entropy(self, student: Tensor, part: slice, need_gradient: bool) -> tuple[Tensor, Tensor]:
-        """Cross-entropy alone, by the same kernel: a divergence capped at 0 adds nothing, to the gradient neither."""
-        rows = student.shape[0]
-        alone = self.call._replace(
-            divergence="total_variation", temperature=1.0, ce_weight=1.0, detach_mixture=False, alpha_rows=None,
-            cap=student.new_zeros(self.call.hidden.shape[0], dtype=loss_dtype(student.dtype)),
-        )  # fmt: skip
-        return _divergence(alone, student, student.new_zeros(rows, 1), part, need_gradient)
+
+def _alone(call: LinearDivergenceCall) -> LinearDivergenceCall:
+    """Cross-entropy alone, by the same kernel: a divergence capped at 0 adds nothing, to the gradient neither."""
+    return call._replace(
+        divergence="total_variation", temperature=1.0, ce_weight=1.0, detach_mixture=False, alpha_rows=None,
+        cap=call.hidden.new_zeros(call.hidden.shape[0], dtype=loss_dtype(call.dtype)), need_metrics=False,
+    )  # fmt: skip
 
 
-def _divergence(
-    call: LinearDivergenceCall, student: Tensor, teacher: Tensor, part: slice, need_gradient: bool
-) -> tuple[Tensor, Tensor]:
+def _side_arguments(call: LinearDivergenceCall, part: slice) -> tuple[Any, ...]:
+    """What the operators take behind student and teacher, for the rows of `part`."""
+
     def rows(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[part]
 
-    loss, gradient, _ = torch.ops.distillm_ext.divergence(
-        student, teacher, rows(call.labels), rows(call.row_weight), rows(call.alpha_rows), rows(call.cap),
-        call.divergence, call.alpha, call.beta, call.temperature, call.ce_weight, call.ignore_index,
-        call.detach_mixture, 0, need_gradient, False,
+    return (
+        rows(call.labels), rows(call.row_weight), rows(call.alpha_rows), rows(call.cap), call.divergence, call.alpha,
+        call.beta, call.temperature, call.ce_weight, call.ignore_index, call.detach_mixture, 0,
     )  # fmt: skip
-    return loss, gradient
 
 
-# acc [v, H] (+)= scale * gradient [n, v]^T hidden [n, H], the product formed in float32 from narrower factors.
-Accumulate = Callable[[Tensor, Tensor, Tensor, float, bool], None]
+def _divergence(call: LinearDivergenceCall, student: Tensor, teacher: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    loss, _, metrics = torch.ops.distillm_ext.divergence(
+        student, teacher, *_side_arguments(call, part), False, call.need_metrics
+    )
+    return loss, metrics
 
 
-def _accumulate_cpu(acc: Tensor, gradient: Tensor, hidden: Tensor, scale: float, first: bool) -> None:
-    # No product of narrow matrices on the CPU has a float32 result: the factors are converted.
-    acc.addmm_(gradient.t().to(acc.dtype), hidden.to(acc.dtype), beta=0 if first else 1, alpha=scale)
-
-
-def _accumulate_cuda(acc: Tensor, gradient: Tensor, hidden: Tensor, scale: float, first: bool) -> None:
-    product = torch.mm(gradient.t(), hidden, out_dtype=acc.dtype)
-    if first:
-        torch.mul(product, scale, out=acc)
-    else:
-        acc.add_(product, alpha=scale)
-
-
-class _Gradients:
-    """Gradients of one call, for the rows that count; weight and bias accumulate in float32 (float64 for float64)."""
-
-    def __init__(self, call: LinearDivergenceCall, original: LinearDivergenceCall, accumulate: Accumulate) -> None:
-        self.call, self.original, self.accumulate = call, original, accumulate
-        self.needed = not call.per_row and (call.need_hidden or call.need_weight or call.need_bias)
-        self.hidden, self.weight, self.bias = (call.hidden.new_empty(0) for _ in range(3))
-        if not self.needed:
-            return
-        wide = loss_dtype(call.dtype)
-        if call.need_hidden:
-            self.hidden = torch.empty_like(call.hidden, memory_format=torch.contiguous_format)
-        if call.need_weight:
-            whole = original.weight.shape
-            # The first chunk writes what it covers.
-            covered = call.hidden.shape[0] > 0 and call.weight.shape[0] == whole[0]
-            make = call.weight.new_empty if covered else call.weight.new_zeros
-            self.weight = make(whole, dtype=wide)
-        if call.need_bias:
-            self.bias = call.weight.new_zeros(original.weight.shape[0], dtype=wide)
-
-    def add(self, part: slice, gradient: Tensor) -> None:
-        """Takes the gradient [n, V] of the logits of rows `part`."""
-        call, vocab = self.call, gradient.shape[1]
-        if call.need_hidden:
-            self.hidden[part].addmm_(gradient, call.weight, beta=0, alpha=call.scale)
-        if call.need_bias:
-            self.bias[:vocab].add_(gradient.sum(0, dtype=self.bias.dtype), alpha=call.scale)
-        if not call.need_weight:
-            return
-        hidden, first = call.hidden[part], part.start == 0
-        if self.weight.dtype == gradient.dtype:
-            self.weight[:vocab].addmm_(gradient.t(), hidden, beta=0 if first else 1, alpha=call.scale)
-            return
-        for begin in range(0, vocab, _TILE):
-            tile = slice(begin, min(begin + _TILE, vocab))
-            self.accumulate(self.weight[tile], gradient[:, tile], hidden, call.scale, first)
-
-    def result(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """In the dtypes and shapes of hidden, weight and bias; [0] where not needed."""
-        original, call = self.original, self.call
-        hidden = self.hidden.to(original.hidden.dtype)
-        if self.needed and call.need_hidden:
-            hidden = _spread(hidden, rows, original.hidden.shape[0])
-        bias_dtype = original.weight.dtype if original.bias is None else original.bias.dtype
-        return hidden, self.weight.to(original.weight.dtype), self.bias.to(bias_dtype)
-
-
-def _spread(values: Tensor, rows: Tensor | None, total: int) -> Tensor:
-    """The values of the rows that count among all rows, 0 elsewhere."""
-    if rows is None:
-        return values
-    return values.new_zeros((total, *values.shape[1:])).index_copy_(0, rows, values)
+def _divergence_(call: LinearDivergenceCall, student: Tensor, teacher: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    return torch.ops.distillm_ext.divergence_(student, teacher, *_side_arguments(call, part), call.need_metrics)
 
 
 def _counted(call: LinearDivergenceCall) -> Tensor | None:
@@ -251,7 +173,9 @@ def _prepared(call: LinearDivergenceCall, rows: Tensor | None) -> LinearDivergen
 def _chunk_size(call: LinearDivergenceCall, gradient: bool) -> int:
     """Rows per chunk, all chunks alike."""
     rows = call.hidden.shape[0]
-    row_bytes = call.weight.shape[0] * call.dtype.itemsize * (2 if gradient else 1)
+    row_bytes = call.weight.shape[0] * call.dtype.itemsize
+    if gradient and call.softcap:
+        row_bytes += row_bytes // _SOFTCAP_PARTS
     if call.teacher is not None:
         width = call.teacher.shape[1] if call.teacher_weight is None else call.teacher_weight.shape[0]
         row_bytes += width * call.teacher.dtype.itemsize
@@ -262,21 +186,28 @@ def _chunk_size(call: LinearDivergenceCall, gradient: bool) -> int:
 
 def _run(original: LinearDivergenceCall, rows: Tensor | None, accumulate: Accumulate) -> tuple[Tensor, ...]:
     call = _prepared(original, rows)
-    gradients = _Gradients(call, original, accumulate)
+    gradients = Gradients(call, original, accumulate)
     size = _chunk_size(call, gradients.needed)
-    student_buffer, teacher_buffer = call.weight.new_empty(size, call.weight.shape[0]), None
+    vocab = call.weight.shape[0]
+    student_buffer, teacher_buffer = call.weight.new_empty(size, vocab), None
     if call.teacher_weight is not None:
         teacher_buffer = call.teacher_weight.new_empty(size, call.teacher_weight.shape[0])
-    chunks = _Chunks(call, rows, size, student_buffer, teacher_buffer)
+    kept_rows = -(-size // _SOFTCAP_PARTS) if gradients.needed and call.softcap else 0
+    kept = call.weight.new_empty(kept_rows, vocab)
+    chunks = _Chunks(call, rows, size, student_buffer, teacher_buffer, kept)
     parts = [chunks.run(begin, gradients) for begin in range(0, call.hidden.shape[0], max(size, 1))]
     empty = call.weight.new_empty(0, dtype=loss_dtype(call.dtype))
     loss = torch.cat([empty, *(part[0] for part in parts)])
     ce = torch.cat([empty, *(part[1] for part in parts)]) if call.need_ce else torch.zeros_like(loss)
+    metrics = torch.cat([empty.view(0, 3), *(part[2] for part in parts)]) if call.need_metrics else empty
+    total = original.hidden.shape[0]
+    if call.need_metrics:
+        metrics = spread(metrics, rows, total)
     if call.per_row:
-        loss, ce = (_spread(x, rows, original.hidden.shape[0]) for x in (loss, ce))
+        loss, ce = (spread(x, rows, total) for x in (loss, ce))
     else:
         loss, ce = loss.sum(), ce.sum()
-    return loss, ce, *gradients.result(rows)
+    return loss, ce, metrics, *gradients.result(rows)
 
 
 def linear_divergence_cpu(*arguments: Any) -> tuple[Tensor, ...]:
@@ -286,7 +217,7 @@ def linear_divergence_cpu(*arguments: Any) -> tuple[Tensor, ...]:
         # Rows that do not count never meet a head. On the host this costs a look at R flags.
         rows = counted.nonzero().squeeze(1) if rows is None else rows[counted[rows]]
         rows = None if len(rows) == len(counted) and call.rows is None else rows
-    return _run(call, rows, _accumulate_cpu)
+    return _run(call, rows, accumulate_cpu)
 
 
 def linear_divergence_cuda(*arguments: Any) -> tuple[Tensor, ...]:
@@ -295,4 +226,4 @@ def linear_divergence_cuda(*arguments: Any) -> tuple[Tensor, ...]:
     if counted is not None:
         # Their number is not known on the host, so they stay; a NaN in one must not meet its zero gradient.
         call = call._replace(hidden=call.hidden.masked_fill(~counted.unsqueeze(-1), 0))
-    return _run(call, call.rows, _accumulate_cuda)
+    return _run(call, call.rows, accumulate_cuda)

@@ -8,27 +8,29 @@ import torch
 from torch import Tensor
 
 from .divergence import _scaled, loss_dtype
-from .linear_chunks import LinearDivergenceCall, linear_divergence_cpu, linear_divergence_cuda
+from .linear_call import LinearDivergenceCall
+from .linear_chunks import linear_divergence_cpu, linear_divergence_cuda
 
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? labels, Tensor? row_weight, Tensor? alpha_rows, Tensor? cap, Tensor? rows, float scale, float softcap, "
     "float teacher_scale, float teacher_softcap, str divergence, float alpha, float beta, float temperature, "
     "float ce_weight, int ignore_index, bool detach_mixture, ScalarType dtype, SymInt chunk_rows, SymInt vocab_size, "
-    "bool per_row, bool need_ce, bool need_hidden, bool need_weight, bool need_bias) -> "
-    "(Tensor loss, Tensor ce, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    "bool per_row, bool need_ce, bool need_metrics, bool need_hidden, bool need_weight, bool need_bias) -> "
+    "(Tensor loss, Tensor ce, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 _NAME = "distillm_ext::linear_divergence"
 
 
-def linear_divergence(call: LinearDivergenceCall) -> tuple[Tensor, Tensor]:
-    """Loss, [] or with `per_row` [R], differentiable in hidden, weight and bias; cross-entropy of the same shape.
+def linear_divergence(call: LinearDivergenceCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, [] or with `per_row` [R], differentiable in hidden, weight and bias; cross-entropy likewise; metrics.
 
     Row r is weight_r (min(divergence_r, cap_r) + ce_weight CE_r). Rows with an ignored label or weight 0, and with
-    `rows` all that are not listed, are exactly 0. The cross-entropy, weight_r CE_r, is 0 unless asked for.
+    `rows` all that are not listed, are exactly 0. The cross-entropy, weight_r CE_r, is 0 unless asked for. The
+    metrics are those of `divergence`, [R, 3], or [0] unless asked for.
     """
-    loss, ce, _, _, _ = torch.ops.distillm_ext.linear_divergence(*call)
-    return loss, ce
+    loss, ce, metrics, _, _, _ = torch.ops.distillm_ext.linear_divergence(*call)
+    return loss, ce, metrics
 
 
 def _linear_divergence_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -42,6 +44,7 @@ def _linear_divergence_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return (
         loss,
         torch.empty_like(loss),
+        call.hidden.new_empty((call.hidden.shape[0], 3) if call.need_metrics else (0,), dtype=wide),
         gradient(call.hidden, call.need_hidden),
         gradient(call.weight, call.need_weight),
         gradient(call.weight if call.bias is None else call.bias, call.need_bias),
@@ -59,7 +62,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.rest = inputs[_TENSORS:]
     ctx.per_row = call.per_row
     ctx.needed = (call.need_hidden, call.need_weight, call.need_bias)
-    ctx.save_for_backward(*(call[:_TENSORS] if call.per_row else output[2:]))
+    ctx.save_for_backward(*(call[:_TENSORS] if call.per_row else output[3:]))
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -72,8 +75,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if ctx.per_row:
         call = LinearDivergenceCall(*gradients, *ctx.rest)
         row_weight = grad_loss if call.row_weight is None else call.row_weight * grad_loss
-        again = call._replace(row_weight=row_weight.contiguous(), per_row=False, need_ce=False)
-        gradients = torch.ops.distillm_ext.linear_divergence(*again)[2:]
+        again = call._replace(row_weight=row_weight.contiguous(), per_row=False, need_ce=False, need_metrics=False)
+        gradients = torch.ops.distillm_ext.linear_divergence(*again)[3:]
         grad_loss = None
     found = (
         (gradient if grad_loss is None else _times(gradient, grad_loss)) if need else None

@@ -41,7 +41,9 @@ class DistillationConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "sampling"]
 
     divergence: str = _option("skew_kl", f"Divergence between teacher and student: one of {', '.join(DIVERGENCES)}.")
-    alpha: float | None = _option(None, "Parameter α of the divergence; None is its published default.")
+    alpha: float | None = _option(
+        None, "Parameter α of the divergence; None is its published default ('interpolated' has none)."
+    )  # fmt: skip
     beta: float | None = _option(None, "Parameter β of the divergence; None is its published default.")
     temperature: float = _option(1.0, "Softmax temperature of the loss, on both sides. No T² factor. > 0.")
     ce_weight: float = _option(
@@ -122,6 +124,8 @@ class DistillationConfig(TrainingArguments):
             if value is not None:
                 bounds = (-math.inf, math.inf) if self.divergence == "alpha_beta" else (0.0, 1.0)
                 _check_number(name, value, *bounds)
+        if self.divergence == "interpolated" and self.alpha is None:
+            raise ValueError("alpha: divergence 'interpolated' needs the teacher's share in [0, 1]; got None")
         lengths = ("replay_capacity", "max_prompt_length", "max_length", "max_new_tokens", "generation_batch_size")
         for name in (*lengths, "warmup_objective_steps"):
             value, least = getattr(self, name), 0 if name == "warmup_objective_steps" else 1

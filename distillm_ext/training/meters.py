@@ -12,6 +12,8 @@ from torch import Tensor
 
 # The sources every report counts, so that a plot has no gaps.
 SOURCES = ("data", "fresh", "replay")
+# Means over tokens that are no part of the loss, logged under their own names.
+METRICS = ("teacher_entropy", "student_entropy", "top1_agreement")
 SHARES = ("generation", "teacher", "student", "loss")
 
 
@@ -125,7 +127,9 @@ class Meters:
         losses = dict(zip(means, gathered[:, :-2].mean(dim=0).tolist(), strict=True))
         seconds, wall = self.clock.report()
         shares = {f"time_{name}": max(seconds.get(name, 0.0), 0.0) / wall for name in SHARES}
-        report = {"loss" if name == "total" else f"loss_{name}": value for name, value in losses.items()}
+        report = {name if name in METRICS else f"loss_{name}": value for name, value in losses.items()}
+        if "total" in losses:
+            report["loss"] = report.pop("loss_total")
         report |= {f"batches_{name}": self._sources[name] for name in sorted({*SOURCES, *self._sources})}
         report |= {"replay_size": int(buffered), "tokens_per_second": tokens / wall, **shares}
         report["time_other"] = max(1.0 - sum(shares.values()), 0.0)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distillm_ext.containers import LinearHead
+from distillm_ext.containers import DivergenceMetrics, LinearHead
 from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
 from distillm_ext.losses import DistillationLoss
 from distillm_ext.training.heads import Rows, head_logits
+from distillm_ext.training.meters import METRICS
 
 
 @dataclass
@@ -22,7 +23,8 @@ class LossParts:
 
     Attributes:
         total: scalar that is differentiated.
-        parts: detached float32 scalars by name ("divergence", "ce", "lm"), in the same normalisation.
+        parts: detached scalars by name ("divergence", "ce", "lm" and the fields of `DivergenceMetrics`), in the same
+            normalisation.
     """
 
     total: Tensor
@@ -107,25 +109,35 @@ class DivergenceObjective:
             return self._fused(student, teacher, targets.to(student.hidden.device), num_items, ce_weight)
         teacher = (head_logits(teacher) if isinstance(teacher, LinearHead) else teacher).to(student.device)
         targets = targets.to(student.device)
-        if ce_weight == 0.0:
-            total = self.divergence(student, teacher, targets, num_items=num_items)
-            return LossParts(total, {"divergence": total.detach()})
-        total = self.with_ce(student, teacher, targets, num_items=num_items)
-        with torch.no_grad():
-            ce = cross_entropy(student[:, : self.vocab_size], targets, num_items)
-        return LossParts(total, {"divergence": total.detach() - ce_weight * ce, "ce": ce})
+        loss = self.divergence if ce_weight == 0.0 else self.with_ce
+        total, metrics = loss(student, teacher, targets, num_items=num_items, return_metrics=True)
+        ce = None
+        if ce_weight != 0.0:
+            with torch.no_grad():
+                ce = cross_entropy(student[:, : self.vocab_size], targets, num_items)
+        return _divergence_parts(total, metrics, num_items, ce, ce_weight)
 
     def _fused(
         self, student: LinearHead, teacher: Rows, targets: Tensor, num_items: int | Tensor, ce_weight: float
     ) -> LossParts:
         if isinstance(teacher, Tensor):
             teacher = teacher.to(student.hidden.device)
-        total, ce = linear_distillation_parts(
-            student, teacher, targets, num_items=num_items, ce_weight=ce_weight, need_ce=ce_weight != 0, **self.options
-        )
-        if ce_weight == 0.0:
-            return LossParts(total, {"divergence": total.detach()})
-        return LossParts(total, {"divergence": total.detach() - ce_weight * ce, "ce": ce})
+        total, ce, metrics = linear_distillation_parts(
+            student, teacher, targets, num_items=num_items, ce_weight=ce_weight, need_ce=ce_weight != 0,
+            need_metrics=True, **self.options,
+        )  # fmt: skip
+        assert metrics is not None  # asked for
+        return _divergence_parts(total, metrics, num_items, ce if ce_weight != 0.0 else None, ce_weight)
+
+
+def _divergence_parts(
+    total: Tensor, metrics: DivergenceMetrics, num_items: int | Tensor, ce: Tensor | None, ce_weight: float
+) -> LossParts:
+    """The parts of a divergence with or without cross-entropy; metrics as sums over the targets / num_items."""
+    parts = {name: getattr(metrics, name).sum() / num_items for name in METRICS}
+    if ce is None:
+        return LossParts(total, {"divergence": total.detach(), **parts})
+    return LossParts(total, {"divergence": total.detach() - ce_weight * ce, "ce": ce, **parts})
 
 
 Objective = CrossEntropyObjective | DivergenceObjective

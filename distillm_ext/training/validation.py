@@ -34,7 +34,7 @@ def token_losses(student: Rows, teacher: Rows, targets: Tensor, vocab_size: int 
     if isinstance(teacher, Tensor):
         teacher = teacher.to(student.hidden.device)
     whole = vocab_size in (None, student.weight.shape[0])
-    divergence, ce = linear_distillation_parts(
+    divergence, ce, _ = linear_distillation_parts(
         student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size, need_ce=whole
     )
     return ce if whole else linear_cross_entropy_loss(student, targets, reduction="none"), divergence

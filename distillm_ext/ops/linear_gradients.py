@@ -1,0 +1,85 @@
+"""Gradients of `linear_divergence`, collected chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .divergence import loss_dtype
+from .linear_call import LinearDivergenceCall
+
+# Vocabulary entries whose part of a weight gradient is formed at once where it has to be converted.
+_TILE = 4096
+
+# acc [v, H] (+)= scale * gradient [n, v]^T hidden [n, H], the product formed in float32 from narrower factors.
+Accumulate = Callable[[Tensor, Tensor, Tensor, float, bool], None]
+
+
+def accumulate_cpu(acc: Tensor, gradient: Tensor, hidden: Tensor, scale: float, first: bool) -> None:
+    # No product of narrow matrices on the CPU has a float32 result: the factors are converted.
+    acc.addmm_(gradient.t().to(acc.dtype), hidden.to(acc.dtype), beta=0 if first else 1, alpha=scale)
+
+
+def accumulate_cuda(acc: Tensor, gradient: Tensor, hidden: Tensor, scale: float, first: bool) -> None:
+    product = torch.mm(gradient.t(), hidden, out_dtype=acc.dtype)
+    if first:
+        torch.mul(product, scale, out=acc)
+    else:
+        acc.add_(product, alpha=scale)
+
+
+class Gradients:
+    """Gradients of one call, for the rows that count; weight and bias accumulate in float32 (float64 for float64)."""
+
+    def __init__(self, call: LinearDivergenceCall, original: LinearDivergenceCall, accumulate: Accumulate) -> None:
+        self.call, self.original, self.accumulate = call, original, accumulate
+        self.needed = not call.per_row and (call.need_hidden or call.need_weight or call.need_bias)
+        self.hidden, self.weight, self.bias = (call.hidden.new_empty(0) for _ in range(3))
+        if not self.needed:
+            return
+        wide = loss_dtype(call.dtype)
+        if call.need_hidden:
+            self.hidden = torch.empty_like(call.hidden, memory_format=torch.contiguous_format)
+        if call.need_weight:
+            whole = original.weight.shape
+            # The first chunk writes what it covers.
+            covered = call.hidden.shape[0] > 0 and call.weight.shape[0] == whole[0]
+            make = call.weight.new_empty if covered else call.weight.new_zeros
+            self.weight = make(whole, dtype=wide)
+        if call.need_bias:
+            self.bias = call.weight.new_zeros(original.weight.shape[0], dtype=wide)
+
+    def add(self, part: slice, gradient: Tensor) -> None:
+        """Takes the gradient [n, V] of the logits of rows `part`."""
+        call, vocab = self.call, gradient.shape[1]
+        if call.need_hidden:
+            self.hidden[part].addmm_(gradient, call.weight, beta=0, alpha=call.scale)
+        if call.need_bias:
+            self.bias[:vocab].add_(gradient.sum(0, dtype=self.bias.dtype), alpha=call.scale)
+        if not call.need_weight:
+            return
+        hidden, first = call.hidden[part], part.start == 0
+        if self.weight.dtype == gradient.dtype:
+            self.weight[:vocab].addmm_(gradient.t(), hidden, beta=0 if first else 1, alpha=call.scale)
+            return
+        for begin in range(0, vocab, _TILE):
+            tile = slice(begin, min(begin + _TILE, vocab))
+            self.accumulate(self.weight[tile], gradient[:, tile], hidden, call.scale, first)
+
+    def result(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """In the dtypes and shapes of hidden, weight and bias; [0] where not needed."""
+        original, call = self.original, self.call
+        hidden = self.hidden.to(original.hidden.dtype)
+        if self.needed and call.need_hidden:
+            hidden = spread(hidden, rows, original.hidden.shape[0])
+        bias_dtype = original.weight.dtype if original.bias is None else original.bias.dtype
+        return hidden, self.weight.to(original.weight.dtype), self.bias.to(bias_dtype)
+
+
+def spread(values: Tensor, rows: Tensor | None, total: int) -> Tensor:
+    """The values of the rows that count among all rows, 0 elsewhere."""
+    if rows is None:
+        return values
+    return values.new_zeros((total, *values.shape[1:])).index_copy_(0, rows, values)
