@@ -1,4 +1,4 @@
-"""Launches the CUDA kernel of `sparse_divergence` on numpy arrays through ptxsim, as csrc/cuda/sparse_divergence.cu does."""
+"""Launches the CUDA kernel of `sparse_divergence` on numpy arrays through ptxsim, the way its launcher does."""
 
 from __future__ import annotations
 
@@ -62,6 +62,10 @@ class SparseCase:
         return slots, 4 * (slots + (self.student.shape[1] + 38) // 32 + 4 * k)
 
 
+def sparse_module(arch: str, student: np.ndarray) -> ptxsim.Simulator:
+    return compiled("sparse_divergence.cu", arch, STUDENT=type_name(student))
+
+
 @dataclass
 class SparseResult:
     loss: np.ndarray
@@ -91,10 +95,9 @@ def launch_sparse(
     alpha, beta = case.hyper_parameters()
     slots, kept_bytes = case.kept_bytes()
     staged = case.chunks if case.staged_chunks is None else case.staged_chunks
-    array = lambda x: np.ascontiguousarray(x.numpy())  # noqa: E731
-    sides = [array(teacher.ids), array(teacher.logprobs.float()), array(teacher.log_norm[:, at].float()),
-             array(teacher.tail_logprob[:, at].float()),
-             array(teacher.counts) if case.tail == "sampled" else None]  # fmt: skip
+    counts = teacher.counts if case.tail == "sampled" else None
+    fields = (teacher.ids, teacher.logprobs, teacher.log_norm[:, at], teacher.tail_logprob[:, at], counts)
+    sides = [None if x is None else np.ascontiguousarray(x.numpy()) for x in fields]
     arguments = ptxsim.Struct(
         student, target, uniform, np.int64(0), np.int64(stride), uniform, np.int64(0), np.int64(gradient_stride),
         np.int32(vocab), np.int32(gradient_vocab), np.int32(teacher.vocab_size), np.int32(teacher.k), np.int32(slots),
@@ -102,24 +105,19 @@ def launch_sparse(
         case.labels, case.weight, case.alpha_rows, case.cap, loss, np.int64(-100), np.float32(alpha), np.float32(beta),
         np.float32(1 / case.temperature), np.float32(case.ce_weight), np.int32(case.detach_mixture),
     )  # fmt: skip
-    module = module or compiled("sparse_divergence.cu", arch)
+    module = module or sparse_module(arch, case.student)
     read_only = [x for x in sides if x is not None] + ([] if case.in_place else [student])
     counters = module.launch(
-        f"sparse_divergence_kernel<{_scoped(type_name(case.student))}>", rows, threads, [arguments],
+        "sparse_divergence_kernel", rows, threads, [arguments],
         shared_bytes=staged * 16 + kept_bytes, readonly=read_only, **options,
     )  # fmt: skip
     return SparseResult(loss, gradient, counters)
 
 
-def _scoped(name: str) -> str:
-    return name if name == "float" else f"distillm::generic::{name}"
-
-
 def launch_shape(case: SparseCase, arch: str) -> tuple[int, int]:
     """Staged chunks and threads per block as sparse_divergence_plan.h chooses them on a device of this architecture."""
-    module = compiled("sparse_divergence.cu", arch)
-    kernel = f"sparse_divergence_kernel<{_scoped(type_name(case.student))}>"
-    room = MAX_SHARED[int(arch.removeprefix("sm_"))] * 1024 - module.kernel_info(kernel)["static_shared"]
+    static = sparse_module(arch, case.student).kernel_info("sparse_divergence_kernel")["static_shared"]
+    room = MAX_SHARED[int(arch.removeprefix("sm_"))] * 1024 - static
     kept_bytes = case.kept_bytes()[1]
     staged = max(0, min(case.chunks, (room - kept_bytes) // 16))
     filling = 512 if staged * 16 + kept_bytes > 36 * 1024 else 256
