@@ -268,5 +268,5 @@ def test_race_check_sees_a_missing_barrier(barrier, tmp_path: Path, rng):
 def test_no_spills(arch):
     """All kernels fit the 64 registers that 1024 threads leave, without spilling."""
     kernels = ptxas_report(arch)
-    assert len(kernels) == 6 * len(DIVERGENCES) + 3
+    assert len(kernels) == 6 * len(DIVERGENCES) + 5  # scale_rows for three dtypes, pack_logits, unpack_logits
     assert [k for k in kernels if k.spill_bytes or k.stack_bytes or k.registers > 64] == []
