@@ -247,6 +247,9 @@ def _teacher_arguments(
     return hidden, teacher.weight.detach(), bias, float(teacher.softcap or 0.0), float(teacher.scale)
 
 
+_Kept = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 def _kept_arguments(
     teacher: CompressedLogits | None,
     student: LinearHead,
@@ -255,10 +258,10 @@ def _kept_arguments(
     vocab_size: int | None,
     like: Tensor,
     need_metrics: bool,
-) -> tuple[tuple[Tensor | None, ...], int]:
+) -> tuple[_Kept, int]:
     """A compressed teacher's tensors as the operator takes them, and its vocabulary."""
     if teacher is None:
-        return (None,) * 5, 0
+        return (None, None, None, None, None), 0
     if need_metrics:
         raise ValueError("metrics need the teacher's logits; CompressedLogits do not determine its entropy.")
     rows = checked_compressed(
