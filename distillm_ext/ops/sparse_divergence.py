@@ -74,6 +74,13 @@ def sparse_divergence_with_gradient(
     return torch.ops.distillm_ext.sparse_divergence(student, *arguments, need_gradient)
 
 
+def sparse_divergence_over(
+    student: Tensor, teacher: CompressedRows, sides: SparseSides, options: DivergenceOptions
+) -> Tensor:
+    """Losses [R]; the gradient of their sum takes the place of `student`. Unknown to autograd."""
+    return torch.ops.distillm_ext.sparse_divergence_(student, *_arguments(teacher, sides, options, 0))
+
+
 _ARGUMENTS = 21
 
 
