@@ -1,4 +1,4 @@
-"""Does a cache replace the teacher? Held-out KL of students trained with the teacher present, from caches, and from SFT.
+"""Does a cache replace the teacher? Held-out KL of students trained with the teacher present and from caches.
 
     python benchmarks/evidence_teacher_cache.py [--k 2 8] [--steps 300] [--seeds 3]
 

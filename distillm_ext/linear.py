@@ -156,6 +156,7 @@ def linear_distillation_parts(
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
+    tail: str = "bucket",
     need_ce: bool = True,
     need_metrics: bool = False,
 ) -> LinearParts:
@@ -166,7 +167,7 @@ def linear_distillation_parts(
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, -100, False)
     return _linear_loss(
         student, teacher, options, labels, reduction=reduction, num_items=num_items, vocab_size=vocab_size,
-        alpha=alpha, need_ce=need_ce, need_metrics=need_metrics,
+        alpha=alpha, tail=tail, need_ce=need_ce, need_metrics=need_metrics,
     )  # fmt: skip
 
 

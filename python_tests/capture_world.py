@@ -1,6 +1,6 @@
 """A teacher, rows and settings on disk for tests of `distillm capture`, and the same in a process of its own.
 
-    capture_world.py OUT [--kill-after-batches N] [--seed N] [--method M]
+capture_world.py OUT [--kill-after-batches N] [--seed N] [--method M]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs that reuse teacher logits, in processes of their own.
 
-    reuse_worker.py train OUT [--kill-after-step N] [--resume]
-    torchrun … reuse_worker.py ranks OUT
+reuse_worker.py train OUT [--kill-after-step N] [--resume]
+torchrun … reuse_worker.py ranks OUT
 """
 
 from __future__ import annotations

@@ -185,7 +185,9 @@ def test_a_cut_student_needs_the_model(world, tmp_path):
 
 
 def test_capture_takes_model_rows_and_lengths_from_the_settings_file(world, tmp_path):
-    path = settings_file(world, tmp_path / "out", teacher={"name": str(world / "teacher"), "cache": str(tmp_path / "c")})
+    path = settings_file(
+        world, tmp_path / "out", teacher={"name": str(world / "teacher"), "cache": str(tmp_path / "c")}
+    )
     run("capture", "--config", path, "--out", tmp_path / "c", "--k", 16)
     cache = TeacherCache.open(tmp_path / "c")
     assert len(cache) == 40 and cache.spec.details["max_length"] == LENGTHS["max_length"]

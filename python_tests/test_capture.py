@@ -163,9 +163,7 @@ def test_other_settings_need_another_folder(world, captured, tmp_path):
 
 def test_two_processes_go_on_from_what_one_had_done(world, captured, tmp_path):
     with pytest.raises(Stopped):
-        capture(
-            capture_settings(world, tmp_path, flush_seconds=0.0), processes=Processes(), progress=stop_after(2)
-        )
+        capture(capture_settings(world, tmp_path, flush_seconds=0.0), processes=Processes(), progress=stop_after(2))
     done = launch(world, tmp_path, processes=2)
     assert (tmp_path / "done1.json").is_file(), done.stderr[-3000:]
     reports = [json.loads((tmp_path / f"done{rank}.json").read_text()) for rank in (0, 1)]

@@ -161,9 +161,7 @@ def test_processes_keep_their_own_replayed_sequences(out):
 
 def test_resume_over_processes_gives_the_same_weights(out):
     for rank in (0, 1):
-        assert_same_weights(
-            load_file(out / f"resumed{rank}.safetensors"), load_file(out / f"whole{rank}.safetensors")
-        )
+        assert_same_weights(load_file(out / f"resumed{rank}.safetensors"), load_file(out / f"whole{rank}.safetensors"))
 
 
 def test_every_job_ran(out):

@@ -85,9 +85,9 @@ class DivergenceObjective:
         options: dict[str, Any] = {name: value for name, value in parameters.items() if value is not None}
         self.ce_weight = ce_weight
         self.vocab_size = vocab_size
-        self.options = {"divergence": divergence, **options}
-        self.divergence = DistillationLoss(tail=tail, **self.options)
-        self.with_ce = DistillationLoss(tail=tail, ce_weight=ce_weight, **self.options)
+        self.options = {"divergence": divergence, "tail": tail, **options}
+        self.divergence = DistillationLoss(**self.options)
+        self.with_ce = DistillationLoss(ce_weight=ce_weight, **self.options)
 
     def __call__(
         self, student: Rows, teacher: Targets | None, targets: Tensor, *, num_items: int | Tensor, ground_truth: bool
@@ -108,7 +108,6 @@ class DivergenceObjective:
         assert teacher is not None  # needs_teacher
         ce_weight = self.ce_weight if ground_truth else 0.0
         if isinstance(student, LinearHead):
-            assert not isinstance(teacher, CompressedLogits)  # read from logits
             return self._fused(student, teacher, targets.to(student.hidden.device), num_items, ce_weight)
         teacher = (head_logits(teacher) if isinstance(teacher, LinearHead) else teacher).to(student.device)
         targets = targets.to(student.device)
@@ -125,15 +124,14 @@ class DivergenceObjective:
         return _divergence_parts(total, metrics, num_items, ce, ce_weight)
 
     def _fused(
-        self, student: LinearHead, teacher: Rows, targets: Tensor, num_items: int | Tensor, ce_weight: float
+        self, student: LinearHead, teacher: Targets, targets: Tensor, num_items: int | Tensor, ce_weight: float
     ) -> LossParts:
-        if isinstance(teacher, Tensor):
+        if not isinstance(teacher, LinearHead):
             teacher = teacher.to(student.hidden.device)
         total, ce, metrics = linear_distillation_parts(
             student, teacher, targets, num_items=num_items, ce_weight=ce_weight, need_ce=ce_weight != 0,
-            need_metrics=True, **self.options,
+            need_metrics=not isinstance(teacher, CompressedLogits), **self.options,
         )  # fmt: skip
-        assert metrics is not None  # asked for
         return _divergence_parts(total, metrics, num_items, ce if ce_weight != 0.0 else None, ce_weight)
 
 

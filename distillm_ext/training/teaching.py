@@ -33,9 +33,6 @@ logger = logging.getLogger(__name__)
 class DenseTeaching:
     """The teacher's logits (or its hidden states and head), computed for every batch."""
 
-    # Whether a loss that is fused with the student's head can read the targets.
-    fuses = True
-
     def __init__(self, model: ModelTeacher) -> None:
         self.model = model
 
@@ -89,8 +86,6 @@ class CompressedTeaching(DenseTeaching):
         collator, batch_size: of the batches in which new sequences of the replay buffer meet the teacher.
         device: of the losses.
     """
-
-    fuses = False
 
     def __init__(
         self,

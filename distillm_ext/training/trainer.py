@@ -220,7 +220,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
                 return found.total * self.accelerator.num_processes
 
         batches = [batch] if text is None else [batch, TokenBatch.from_inputs(text)]
-        loss = self.student(model, batches, consume, fused=self.teaching.fuses)
+        loss = self.student(model, batches, consume, fused=True)
         parts = {name: part * self.accelerator.num_processes for name, part in found.parts.items()}
         self._meters.add_losses(step, {**parts, "total": found.total.detach() * self.accelerator.num_processes})
         return (loss, parts) if return_outputs else loss

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from distillm_ext.containers import CompressedLogits, LinearHead
+from distillm_ext.containers import LinearHead
 from distillm_ext.functional import distillation_loss
 from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
 from distillm_ext.training.heads import Rows, Targets, TokenBatch, head_logits
@@ -37,13 +37,13 @@ def token_losses(
             tail=tail,
         )  # fmt: skip
         return functional.cross_entropy(student.float(), targets, reduction="none"), divergence
-    assert not isinstance(teacher, CompressedLogits)  # read from logits
-    if isinstance(teacher, Tensor):
+    if not isinstance(teacher, LinearHead):
         teacher = teacher.to(student.hidden.device)
     whole = vocab_size in (None, student.weight.shape[0])
     divergence, ce, _ = linear_distillation_parts(
-        student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size, need_ce=whole
-    )
+        student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size, need_ce=whole,
+        tail=tail,
+    )  # fmt: skip
     return ce if whole else linear_cross_entropy_loss(student, targets, reduction="none"), divergence
 
 
@@ -139,10 +139,9 @@ class TokenWeightedEvaluation(Trainer):
         batch = TokenBatch.from_inputs(inputs)
         num_rows, length = inputs["input_ids"].shape
         teacher = self.teaching.evaluation_targets(inputs)
-        fused = not isinstance(teacher, CompressedLogits)
 
         def consume(students: list[Rows]) -> Tensor:
             rows = batch.positions // length
             return row_sums(students[0], teacher, inputs["targets"], rows, num_rows, self.vocab_size, self.tail)
 
-        return self.student(model, [batch], consume, fused=fused)
+        return self.student(model, [batch], consume, fused=True)
