@@ -66,7 +66,9 @@ def assert_rows(found, model, ids, mask, counts, params=GREEDY, seeds=None, ends
         expected = alone(model, ids[row][mask[row] == 1], count, params, seeds[row] if seeds else 0, ends)
         length = int(found.lengths[row])
         assert found.tokens[row, :length].tolist() == [token for token, _, _ in expected], row
-        torch.testing.assert_close(found.logprobs[row, :length], torch.tensor([e[1] for e in expected]), rtol=0, atol=2e-5)
+        torch.testing.assert_close(
+            found.logprobs[row, :length], torch.tensor([e[1] for e in expected]), rtol=0, atol=2e-5
+        )
         torch.testing.assert_close(
             found.filtered_logprobs[row, :length], torch.tensor([e[2] for e in expected]), rtol=0, atol=2e-5
         )
@@ -101,7 +103,9 @@ def test_lengths_and_ends_by_row_with_few_slots(name):
 def test_columns_move_left_when_the_buffer_is_full(monkeypatch):
     moves = []
     move = decode_module.DecodeLoop._move_left
-    monkeypatch.setattr(decode_module.DecodeLoop, "_move_left", lambda self, first: moves.append(first) or move(self, first))
+    monkeypatch.setattr(
+        decode_module.DecodeLoop, "_move_left", lambda self, first: moves.append(first) or move(self, first)
+    )
     model = make("llama")
     limits = [6, 3, 6, 2, 5, 6, 4, 6, 6, 1, 6, 6]
     ids, mask = prompts([4, 3, 4, 1, 4, 2, 3, 4, 1, 2, 3, 4])
@@ -125,7 +129,9 @@ def test_parameters_and_ends_by_row():
     ends = [(), (1, 2, 3), (9,), ()]
     found = generate(model, ids, mask, params, range(4), max_new_tokens=6, eos_token_ids=ends)
     for row in range(4):
-        single = generate(model, ids[row : row + 1], None, params[row], [row], max_new_tokens=6, eos_token_ids=ends[row])
+        single = generate(
+            model, ids[row : row + 1], None, params[row], [row], max_new_tokens=6, eos_token_ids=ends[row]
+        )
         assert found.tokens[row, : found.lengths[row]].tolist() == single.tokens[0].tolist()
         assert bool(found.finished[row]) == bool(single.finished)
 

@@ -93,7 +93,11 @@ def test_every_instruction_set(isa):
         "    t.assert_exact(t.few_rows_linear(x, w, b), x, w, b)\n"
         "print(torch.ops.distillm_ext.cpu_instruction_set())"
     )
-    environment = {**os.environ, "DISTILLM_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = {
+        **os.environ,
+        "DISTILLM_CPU_ISA": isa,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == isa, done.stderr
 

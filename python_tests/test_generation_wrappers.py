@@ -110,7 +110,9 @@ def test_a_model_without_options_for_the_head_or_positions():
             return self.inner.get_output_embeddings()
 
         def forward(self, input_ids, attention_mask=None, past_key_values=None, use_cache=None, return_dict=None):
-            return self.inner(input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache)
+            return self.inner(
+                input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache
+            )
 
     inner = make("bloom")
     model = Plain(inner)

@@ -52,6 +52,4 @@ Tensor few_rows_linear(const Tensor& x, const Tensor& weight, const std::optiona
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) {
-  m.impl("few_rows_linear", TORCH_BOX(&distillm::few_rows_linear));
-}
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { m.impl("few_rows_linear", TORCH_BOX(&distillm::few_rows_linear)); }

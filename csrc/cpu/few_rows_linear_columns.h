@@ -87,9 +87,8 @@ inline void dot_tile(const FewRowsLinearCall& call, int64_t row, int64_t column)
   if (whole < depth) {
     Lanes w[kColumns];
     for (int n = 0; n < kColumns; ++n) w[n] = load_tail(weight + n * depth + whole, depth - whole);
-    accumulate(w, [&](int m) __attribute__((always_inline)) {
-      return load_tail(x + m * depth + whole, depth - whole);
-    });
+    accumulate(w,
+               [&](int m) __attribute__((always_inline)) { return load_tail(x + m * depth + whole, depth - whole); });
   }
   const Storage* bias = static_cast<const Storage*>(call.bias);
   Storage* out = static_cast<Storage*>(call.out);

@@ -32,8 +32,8 @@ inline void check_few_rows_linear(const Tensor& x, const Tensor& weight, const s
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
                   "few_rows_linear expects x [M, K] and weight [N, K]");
   const ScalarType type = weight.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
-                  "weight must be float32 or bfloat16, got ", torch::headeronly::toString(type));
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "weight must be float32 or bfloat16, got ",
+                  torch::headeronly::toString(type));
   STD_TORCH_CHECK(x.scalar_type() == type, "x must have the dtype of weight, got ",
                   torch::headeronly::toString(x.scalar_type()));
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->scalar_type() == type),

@@ -86,7 +86,9 @@ class VllmEngine(Engine):
             allowed_token_ids=None if whole else list(range(vocab_size or 0)),
         )  # fmt: skip
         requests = [
-            self._vllm.SamplingParams(max_tokens=limit, seed=None if seeds is None else int(seeds[row]) & _SEEDS, **shared)
+            self._vllm.SamplingParams(
+                max_tokens=limit, seed=None if seeds is None else int(seeds[row]) & _SEEDS, **shared
+            )
             for row, limit in enumerate(limits)
         ]
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
