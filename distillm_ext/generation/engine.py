@@ -131,12 +131,12 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Sharded parameters are gathered (every process must iterate), and LoRA's are merged into the weights they adapt
     while the iteration lasts.
     """
-    model = unwrapped(model)
-    merged = hasattr(model, "merge_adapter")
+    inner = unwrapped(model)
+    merged = hasattr(inner, "merge_adapter")
     if merged:
-        model.merge_adapter()
+        inner.merge_adapter()
     try:
-        for name, parameter in causal_model(model).named_parameters():
+        for name, parameter in causal_model(inner).named_parameters():
             if merged and (".lora_" in name or ".modules_to_save." in name or ".original_module." in name):
                 if ".modules_to_save." not in name:
                     continue
@@ -145,4 +145,4 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
     finally:
         if merged:
-            model.unmerge_adapter()
+            inner.unmerge_adapter()

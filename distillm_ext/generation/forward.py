@@ -16,16 +16,17 @@ from distillm_ext.generation.linears import few_rows_linears
 from distillm_ext.generation.lockstep import Lockstep, is_sharded
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> Any:
     """The model inside DDP and `torch.compile`: neither has work to do in a forward pass without gradient, and compiled
     code would be rebuilt at every new length. FSDP's wrapper stays: it makes the weights whole."""
+    inner: Any = model
     while True:
-        if isinstance(model, (DistributedDataParallel, DataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+        if isinstance(inner, (DistributedDataParallel, DataParallel)):
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
         else:
-            return model
+            return inner
 
 
 def causal_model(model: nn.Module) -> Any:

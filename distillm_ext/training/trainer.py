@@ -53,8 +53,8 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
         processing_class: the tokenizer, shared by student and teacher.
         lm_dataset: plain text (`text` or `input_ids`) for the additional language-modelling loss, in place of the file
             that `args.lm_dataset` names.
-        generation_engine: generates the student's responses; None is the decode loop of `distillm_ext.generation` on the
-            student itself. An engine with a copy of the weights gets the newest before each generation.
+        generation_engine: generates the student's responses; None is the decode loop of `distillm_ext.generation` on
+            the student itself. An engine with a copy of the weights gets the newest before each generation.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Logged with every loss: `loss`, `loss_divergence`, `loss_ce`, `loss_lm` (means per optimizer step), `phi`,
