@@ -56,8 +56,8 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         teacher_cache: a cache beside a teacher model: rows that it holds meet no teacher, all others the model.
         lm_dataset: plain text (`text` or `input_ids`) for the additional language-modelling loss, in place of the file
             that `args.lm_dataset` names.
-        generation_engine: generates responses; None is the decode loop of `distillm_ext.generation` on the
-            student itself. An engine with a copy of the weights gets the newest before each generation.
+        generation_engine: generates the student's responses; None is the decode loop of `distillm_ext.generation` on
+            the student itself. An engine with a copy of the weights gets the newest before each generation.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Logged with every loss: `loss`, `loss_divergence`, `loss_ce`, `loss_lm` (means per optimizer step), `phi`,
