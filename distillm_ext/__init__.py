@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .containers import TeacherHead
+    from .containers import DivergenceMetrics, TeacherHead
     from .functional import (
         DIVERGENCES,
         alpha_beta_loss,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .information import build_info
     from .linear import linear_distillation_loss
     from .losses import (
+        AdaptiveKLLoss,
         AlphaBetaLoss,
         DistillationLoss,
         ForwardKLLoss,
@@ -42,7 +43,7 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _HOME = {
-    "containers": ("TeacherHead",),
+    "containers": ("DivergenceMetrics", "TeacherHead"),
     "linear": ("linear_distillation_loss",),
     "functional": (
         "DIVERGENCES",
@@ -56,6 +57,7 @@ _HOME = {
         "skew_reverse_kl_loss",
     ),
     "losses": (
+        "AdaptiveKLLoss",
         "AlphaBetaLoss",
         "DistillationLoss",
         "ForwardKLLoss",
@@ -71,9 +73,11 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AdaptiveKLLoss",
     "AlphaBetaLoss",
     "DIVERGENCES",
     "DistillationLoss",
+    "DivergenceMetrics",
     "ForwardKLLoss",
     "GeneralizedJSLoss",
     "LinearDistillationLoss",
