@@ -72,7 +72,8 @@ def rows_of(count: int, length: int, vocab: int) -> Dataset:
 def trainer_of(options: argparse.Namespace, folder: str, **settings: Any) -> tuple[DistillationTrainer, StepTimes]:
     times = StepTimes()
     config = DistillationConfig(
-        output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=settings.pop("logging_steps", 10**6),
+        output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        logging_steps=settings.pop("logging_steps", 10**6),
         per_device_train_batch_size=options.batch, max_prompt_length=options.length, max_length=options.length + 1,
         max_new_tokens=8, learning_rate=1e-5, **settings,
     )  # fmt: skip

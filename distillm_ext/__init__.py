@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .compression import capture_from_hidden, compress_logits
     from .containers import CompressedLogits, DivergenceMetrics, SampledTokens, TeacherHead
-    from .containers import DivergenceMetrics, TeacherHead
     from .functional import (
         DIVERGENCES,
         alpha_beta_loss,
@@ -48,7 +47,6 @@ except PackageNotFoundError:  # a source tree that was never installed
 _HOME = {
     "containers": ("CompressedLogits", "DivergenceMetrics", "SampledTokens", "TeacherHead"),
     "compression": ("capture_from_hidden", "compress_logits"),
-    "containers": ("DivergenceMetrics", "TeacherHead"),
     "linear": ("linear_distillation_loss",),
     "functional": (
         "DIVERGENCES",

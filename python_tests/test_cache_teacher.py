@@ -118,11 +118,11 @@ def test_what_a_cache_cannot_give_is_refused(world, tmp_path):
     cases = [
         ("cache", dict(divergence="alpha_beta"), "divergence: 'alpha_beta' needs all"),
         ("cache", dict(temperature=2.0), "temperature: 2 was not captured; the cache has 1"),
-        ("cache", dict(reuse_teacher_logits="sample"), "reuse_teacher_logits: the cache was captured with method 'topk'"),
+        ("cache", dict(reuse_teacher_logits="sample"), "the cache was captured with method 'topk'"),
         ("cache", dict(tail="sampled"), "tail: 'sampled' weighs entries"),
         ("drawn", dict(divergence="reverse_kl"), "'reverse_kl' has no unbiased form"),
         ("warm", dict(temperature=2.0), "eval_dataset: the divergence of the validation"),
-        ("warm", dict(temperature=2.0, warmup_objective="forward_kl", warmup_objective_steps=2), "temperature: 1 was not"),
+        ("warm", dict(temperature=2.0, warmup_objective="forward_kl", warmup_objective_steps=2), "perature: 1 was not"),
         ("nowhere", dict(), "there is no cache of teacher logits at"),
     ]  # fmt: skip
     for name, settings, message in cases:

@@ -143,8 +143,8 @@ def test_damaged_checkpoints_and_wrong_records_are_refused(tmp_path):
 
 def test_safetensors_files_written_piece_by_piece_are_whole(tmp_path):
     tensors = {
-        "a": torch.arange(7), "b": torch.arange(9, dtype=torch.uint8).view(3, 3), "c": torch.empty(0, 4, dtype=torch.uint8),
-        "d": torch.arange(6).view(2, 3).t(),
+        "a": torch.arange(7), "b": torch.arange(9, dtype=torch.uint8).view(3, 3),
+        "c": torch.empty(0, 4, dtype=torch.uint8), "d": torch.arange(6).view(2, 3).t(),
     }  # fmt: skip
     write_tensors(tmp_path / "x.safetensors", tensors)
     found = load_file(tmp_path / "x.safetensors")

@@ -98,8 +98,8 @@ class CausalForward:
         names = [name for name in _CACHE_ARGUMENTS if name in self.accepts]
         if not names:
             raise ValueError(
-                f"model: {type(causal).__name__}.forward takes neither cache nor past_key_values; the decode loop needs "
-                "a model that caches keys and values"
+                f"model: {type(causal).__name__}.forward takes neither cache nor past_key_values; the decode loop "
+                "needs a model that caches keys and values"
             )
         self.cache_argument = names[0]
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergence import DivergenceOptions, loss_dtype
+from .divergence import DivergenceOptions, RowSides, loss_dtype
 from .linear_call import LinearDivergenceCall
 from .linear_gradients import Accumulate, Gradients, accumulate_cpu, accumulate_cuda, spread
-from .sparse_divergence import CompressedRows, SparseSides, sparse_divergence_over, sparse_divergence_with_gradient
+from .sparse_divergence import CompressedRows, sparse_divergence, sparse_divergence_over
 
 # What automatic chunks may take: logits of both sides. The gradient takes the place of the student's.
 MEMORY_BUDGET = 256 * 2**20
@@ -117,10 +117,10 @@ def _alone(call: LinearDivergenceCall) -> LinearDivergenceCall:
     )  # fmt: skip
 
 
-def _sides(call: LinearDivergenceCall, part: slice) -> SparseSides:
+def _sides(call: LinearDivergenceCall, part: slice) -> RowSides:
     """The side inputs of the rows of `part`."""
     sides = (call.labels, call.row_weight, call.alpha_rows, call.cap)
-    return SparseSides(*(None if x is None else x[part] for x in sides))
+    return RowSides(*(None if x is None else x[part] for x in sides))
 
 
 def _options(call: LinearDivergenceCall) -> DivergenceOptions:
@@ -149,8 +149,7 @@ def _divergence(
     call: LinearDivergenceCall, student: Tensor, teacher: Tensor | None, part: slice
 ) -> tuple[Tensor, Tensor]:
     if call.ids is not None:
-        rows, sides = _compressed(call, part), _sides(call, part)
-        loss, _ = sparse_divergence_with_gradient(student, rows, sides, _options(call), need_gradient=False)
+        loss = sparse_divergence(student, _compressed(call, part), _sides(call, part), _options(call))
         return loss, loss.new_empty(0)
     loss, _, metrics = torch.ops.distillm_ext.divergence(
         student, teacher, *_arguments(call, part), False, call.need_metrics

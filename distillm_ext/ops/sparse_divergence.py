@@ -59,7 +59,7 @@ def _overwriting(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def sparse_divergence_over(
-    student: Tensor, teacher: CompressedRows, sides: SparseSides, options: DivergenceOptions
+    student: Tensor, teacher: CompressedRows, sides: RowSides, options: DivergenceOptions
 ) -> Tensor:
     """Losses [R]; the gradient of their sum takes the place of `student`. Unknown to autograd."""
     return torch.ops.distillm_ext.sparse_divergence_(student, *_arguments(teacher, sides, options, 0))
