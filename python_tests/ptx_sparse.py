@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import ptxsim
 import torch
-from ptx_kernels import _storage, compiled, type_name
+from ptx_kernels import compiled, flat_storage, type_name
 from ptxsim.module import MAX_SHARED
 from sparse_cases import edited
 
@@ -82,7 +82,7 @@ def launch_sparse(
     at = case.teacher.temperatures.index(case.temperature)
     teacher = case.teacher
     gradient_vocab = case.gradient_vocab or vocab
-    loss, student = np.full(rows, 7, np.float32), _storage(case.student)
+    loss, student = np.full(rows, 7, np.float32), flat_storage(case.student)
     gradient, target = None, None
     if case.in_place:
         gradient, target = case.student, student

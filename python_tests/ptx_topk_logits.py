@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import ptxsim
-from ptx_kernels import _storage, compiled, type_name
+from ptx_kernels import compiled, flat_storage, type_name
 
 MAX_SEGMENTS = 1024
 
@@ -79,7 +79,7 @@ def topk_module(case: TopkCase, arch: str) -> ptxsim.Simulator:
 def launch_topk(case: TopkCase, arch: str = "sm_90", **options: Any) -> TopkResult:
     """Runs the kernel; `options` go to Simulator.launch."""
     rows, vocab = case.logits.shape
-    logits, count, sample = _storage(case.logits), len(case.temperatures), case.position is not None
+    logits, count, sample = flat_storage(case.logits), len(case.temperatures), case.position is not None
     result = TopkResult(
         np.full((rows, case.k), 7, np.int32), np.full((rows, case.k), 7, np.float32),
         np.full((rows, count), 7, np.float32), np.full((rows, count), 7, np.float32),
