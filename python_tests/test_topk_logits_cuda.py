@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from ptx_kernels import ptxas_report
 from ptx_topk_logits import TopkCase, launch_topk
 
 from distillm_ext.reference_compression import compress_logits_reference
@@ -160,3 +161,13 @@ def test_each_logit_is_read_once(rng):
     assert counters.buffers[0].load_bytes == 2 * 2 * 16384
     sampled = launch_topk(TopkCase(logits(rng, 2, 16384, BF16), 16, position=np.arange(2)), check_races=False).counters
     assert 2 * 2 * 16384 < sampled.buffers[0].load_bytes <= 2 * 2 * 2 * 16384
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_no_spills(arch):
+    """Rows kept and rows drawn, three dtypes, three sizes of the candidate list. A block has up to 1024 threads to keep
+    rows, 256 to draw from them, two of which a multiprocessor holds."""
+    limit = {"topk_logits_kernel": 65536 // 1024, "sample_logits_kernel": 65536 // 512}
+    kernels = ptxas_report(arch, "all_topk_logits.cu")
+    assert len(kernels) == 2 * 3 * 3
+    assert [k for k in kernels if k.spill_bytes or k.stack_bytes or k.registers > limit[k.kernel.split("<")[0]]] == []

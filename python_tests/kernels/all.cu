@@ -1,9 +1,7 @@
 // Every kernel that the extension instantiates, without torch: for ptxas to report registers and spills of.
 #include "cuda/pack_logits.cuh"
 #include "cuda/row_metrics.cuh"
-#include "cuda/sample_logits.cuh"
 #include "cuda/scale_rows.cuh"
-#include "cuda/topk_logits.cuh"
 #include "cuda/unpack_logits.cuh"
 #include "cuda/zero_rest.cuh"
 
@@ -35,10 +33,3 @@ template __global__ void distillm::scale_rows_kernel<Half>(Half*, RowLayout, con
 template __global__ void distillm::zero_rest_kernel<float>(float*, RowLayout, int32_t, int32_t);
 template __global__ void distillm::zero_rest_kernel<BFloat16>(BFloat16*, RowLayout, int32_t, int32_t);
 template __global__ void distillm::zero_rest_kernel<Half>(Half*, RowLayout, int32_t, int32_t);
-
-#define TOPK(T, slots)                                                                              \
-  template __global__ void distillm::topk_logits_kernel<T, slots>(const TopkLogitsArguments);      \
-  template __global__ void distillm::sample_logits_kernel<T, slots>(const TopkLogitsArguments);
-TOPK(float, 1) TOPK(float, 2) TOPK(float, 4)
-TOPK(BFloat16, 1) TOPK(BFloat16, 2) TOPK(BFloat16, 4)
-TOPK(Half, 1) TOPK(Half, 2) TOPK(Half, 4)
