@@ -1,10 +1,12 @@
-"""`distillation_loss` with gradient against the eager formula and torch.compile; cost of the CUDA kernels.
+"""`distillation_loss` with gradient against the eager formula, torch.compile, TRL and Liger; cost of the CUDA kernels.
 
     python benchmarks/bench_divergence.py                     # 256 x 50257, float32 and bfloat16, CPU
     python benchmarks/bench_divergence.py --device cuda --rows 8192 --vocab 128256 --dtypes bfloat16
     python benchmarks/bench_divergence.py --skip-cuda-model   # without ptxsim and ptxas
 
-Every call makes a fresh gradient. Ratios come from one run, candidate by candidate in turns, medians.
+Every call makes a fresh gradient. Liger's kernels need a GPU: their column is empty on the CPU. GB/s count both inputs
+and the gradient once; "copy GB/s" is a copy between two warm tensors of that size. Ratios come from one run, candidate
+by candidate in turns, medians.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from collections.abc import Callable
 
 import baselines
 import harness
+import peers
+import roofline
 import torch
 
 from distillm_ext import DIVERGENCES, distillation_loss
@@ -37,12 +41,18 @@ def candidates(divergence: str, student: torch.Tensor, teacher: torch.Tensor) ->
     def ours(logits: torch.Tensor) -> torch.Tensor:
         return distillation_loss(logits, teacher, divergence=divergence, **baselines.OPTIONS.get(divergence, {}))
 
-    compiled = torch.compile(formula)
+    losses = {
+        "ours": ours,
+        "eager": formula,
+        "compile": torch.compile(formula),
+        "trl": peers.trl(divergence, teacher),
+        "liger": peers.liger(divergence, teacher),
+    }
+    target = torch.empty_like(teacher)
     return {
-        "ours": with_gradient(student, ours),
-        "eager": with_gradient(student, formula),
-        "compile": with_gradient(student, compiled),
+        **{name: with_gradient(student, loss) for name, loss in losses.items() if loss is not None},
         "add": lambda: torch.add(student.detach(), teacher),
+        "copy": lambda: target.copy_(teacher),
     }
 
 
@@ -56,19 +66,20 @@ def measure(divergence: str, dtype: str, options: argparse.Namespace) -> harness
     def free_gradient() -> None:
         student.grad = None
 
-    names = ("ours", "eager", "compile")
+    names = [name for name in ("ours", "eager", "compile", "trl", "liger") if name in tried]
     peaks = {name: harness.peak_bytes(tried[name], free_gradient, options.device) / 2**20 for name in names}
-    traffic = 3 * student.numel() * student.element_size()
+    size = student.numel() * student.element_size()
+    columns = ("ours", "eager", "compile", "trl", "liger")
     return {
         "divergence": divergence,
         "dtype": dtype,
-        **{f"{name} ms": seconds[name] * 1e3 for name in names},
-        "eager / ours": seconds["eager"] / seconds["ours"],
-        "compile / ours": seconds["compile"] / seconds["ours"],
+        **{f"{name} ms": seconds[name] * 1e3 if name in names else "" for name in columns},
+        **{f"{name} / ours": seconds[name] / seconds["ours"] if name in names else "" for name in columns[1:]},
         "ours / add": seconds["ours"] / seconds["add"],
-        "GB/s": traffic / seconds["ours"] / 1e9,
-        **{f"{name} MiB": peaks[name] for name in names},
-        "gradient MiB": student.numel() * student.element_size() / 2**20,
+        "GB/s": 3 * size / seconds["ours"] / 1e9,
+        "copy GB/s": 2 * size / seconds["copy"] / 1e9,
+        **{f"{name} MiB": peaks[name] if name in names else "" for name in columns},
+        "gradient MiB": size / 2**20,
     }
 
 
@@ -99,6 +110,7 @@ def main(arguments: list[str]) -> None:
         import ptx_divergence
 
         ptx_divergence.publish_all()
+    roofline.publish(options.device)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 Both sides make the same tokens for the same rows: greedy, each row up to a length of its own (as if its end token came
 there), and sampled with top-k 50 and top-p 0.9 likewise. `model.generate` gets the lengths as a stopping criterion per
-row, as an end token would; it goes on with padding until the longest row is done. Prompts and responses have the
-spread named in the table; tokens per second count the tokens that a row keeps. Candidates take turns in one process.
+row, as an end token would stop it; it goes on with padding until the longest row is done. Prompts and responses have
+the spread named in the table; tokens per second count the tokens that a row keeps. Candidates take turns in one
+process.
 """
 
 from __future__ import annotations

@@ -96,7 +96,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--teacher-hidden", type=int, default=576)
     parser.add_argument("--vocab", type=int, nargs="+", default=[49152, 152064])
-    parser.add_argument("--divergence", choices=DIVERGENCES, default="skew_kl")
+    parser.add_argument(
+        "--divergence", choices=[name for name in DIVERGENCES if name != "interpolated"], default="skew_kl"
+    )
     parser.add_argument("--chunk-rows", type=int, default=None, help="default: from the operator's memory budget")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

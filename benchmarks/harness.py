@@ -89,7 +89,7 @@ def publish(title: str, rows: Sequence[Row], file: str) -> None:
         table.add_column(name, justify="left" if isinstance(rows[0].get(name), str) else "right")
     for row in rows:
         table.add_row(*(cell(row.get(name, "")) for name in columns))
-    Console(width=max(160, Console().width)).print(table)
+    Console(width=max(240, Console().width)).print(table)
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / file
     temporary = target.with_suffix(".tmp")

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from .arguments import _cap_tensor, _check_tail, _row_weight, _rows_of
-from .containers import DivergenceMetrics, LinearHead, TeacherHead
+from .containers import CompressedLogits, DivergenceMetrics, LinearHead, TeacherHead
 from .linear_checks import check_devices, checked_chunk, checked_rows, checked_sides
 from .ops.divergence import DivergenceOptions, loss_dtype
 from .ops.linear_call import LinearDivergenceCall
 from .ops.linear_divergence import linear_divergence
 from .options import checked_options
+from .sparse import checked_compressed
 
 
 class LinearParts(NamedTuple):
@@ -35,7 +36,7 @@ _NO_DIVERGENCE = DivergenceOptions("total_variation", 0.0, 0.0, 1.0, 1.0, -100, 
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: TeacherHead | Tensor,
+    teacher: TeacherHead | Tensor | CompressedLogits,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[True],
@@ -47,7 +48,7 @@ def linear_distillation_loss(
 def linear_distillation_loss(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: TeacherHead | Tensor,
+    teacher: TeacherHead | Tensor | CompressedLogits,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[False] = False,
@@ -59,7 +60,7 @@ def linear_distillation_loss(
 def linear_distillation_loss(  # type: ignore[misc]
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher: TeacherHead | Tensor,
+    teacher: TeacherHead | Tensor | CompressedLogits,
     labels: Tensor | None = None,
     *,
     student_bias: Tensor | None = None,
@@ -104,8 +105,8 @@ def linear_distillation_loss(  # type: ignore[misc]
     Args:
         student_hidden: [..., H], float32, bfloat16 or float16 (float64 on the CPU).
         student_weight: [V, H], in the dtype of ``student_hidden`` unless autocast is on.
-        teacher: a `TeacherHead`, whose hidden size and vocabulary may differ, or teacher logits [..., Vt], of the same
-            positions and device.
+        teacher: a `TeacherHead`, whose hidden size and vocabulary may differ, teacher logits [..., Vt], or
+            `CompressedLogits`, of the same positions and device.
         labels: [...], integer; positions equal to ``ignore_index`` contribute exactly 0, NaN or not. On the CPU they
             meet neither head; see ``rows``.
         student_bias: [V].
@@ -133,17 +134,18 @@ def linear_distillation_loss(  # type: ignore[misc]
     """
     student = LinearHead(student_hidden, student_weight, student_bias, logit_softcap, logit_scale)
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
-    _check_tail(tail, compressed=False)
+    _check_tail(tail, isinstance(teacher, CompressedLogits))
     parts = _linear_loss(
-        student, teacher, options, labels, weight=weight, alpha=alpha, cap=cap, rows=rows, reduction=reduction,
-        num_items=num_items, vocab_size=vocab_size, chunk_rows=chunk_rows, need_metrics=return_metrics,
+        student, teacher, options, labels, tail=tail, weight=weight, alpha=alpha, cap=cap, rows=rows,
+        reduction=reduction, num_items=num_items, vocab_size=vocab_size, chunk_rows=chunk_rows,
+        need_metrics=return_metrics,
     )  # fmt: skip
     return (parts.loss, parts.metrics) if parts.metrics is not None else parts.loss
 
 
 def linear_distillation_parts(
     student: LinearHead,
-    teacher: LinearHead | Tensor,
+    teacher: LinearHead | Tensor | CompressedLogits,
     labels: Tensor,
     *,
     divergence: str,
@@ -154,6 +156,7 @@ def linear_distillation_parts(
     reduction: str = "mean",
     num_items: int | Tensor | None = None,
     vocab_size: int | None = None,
+    tail: str = "bucket",
     need_ce: bool = True,
     need_metrics: bool = False,
 ) -> LinearParts:
@@ -164,7 +167,7 @@ def linear_distillation_parts(
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, -100, False)
     return _linear_loss(
         student, teacher, options, labels, reduction=reduction, num_items=num_items, vocab_size=vocab_size,
-        alpha=alpha, need_ce=need_ce, need_metrics=need_metrics,
+        alpha=alpha, tail=tail, need_ce=need_ce, need_metrics=need_metrics,
     )  # fmt: skip
 
 
@@ -180,10 +183,11 @@ def linear_cross_entropy_loss(
 
 def _linear_loss(
     student: LinearHead,
-    teacher: LinearHead | Tensor | None,
+    teacher: LinearHead | Tensor | CompressedLogits | None,
     options: DivergenceOptions,
     labels: Tensor | None,
     *,
+    tail: str = "bucket",
     weight: Tensor | None = None,
     alpha: float | Tensor | None = None,
     cap: float | Tensor | None = None,
@@ -195,7 +199,9 @@ def _linear_loss(
     need_ce: bool = False,
     need_metrics: bool = False,
 ) -> LinearParts:
-    dtype = checked_sides(student, teacher, options, vocab_size)
+    compressed = teacher if isinstance(teacher, CompressedLogits) else None
+    head = None if isinstance(teacher, CompressedLogits) else teacher
+    dtype = checked_sides(student, head, options, vocab_size)
     if options.ce_weight != 0 and labels is None:
         raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
     shape = student.hidden.shape[:-1]
@@ -205,16 +211,18 @@ def _linear_loss(
     flat_labels, flat_weight = flat(labels, "labels", integer=True), flat(weight, "weight")
     if rows is not None:
         flat_weight = _only(checked_rows(rows), flat_weight, like)
-    teacher_rows, teacher_weight, teacher_bias, teacher_softcap, teacher_scale = _teacher_arguments(teacher)
+    teacher_rows, teacher_weight, teacher_bias, teacher_softcap, teacher_scale = _teacher_arguments(head)
+    kept, kept_vocab = _kept_arguments(compressed, student, options, tail, vocab_size, like, need_metrics)
     call = LinearDivergenceCall(
         student.hidden.reshape(-1, student.hidden.shape[-1]), student.weight, student.bias,
-        teacher_rows, teacher_weight, teacher_bias, flat_labels,
+        teacher_rows, teacher_weight, teacher_bias, *kept, flat_labels,
         _row_weight(flat_weight, flat_labels, shape, like, reduction, num_items, options.ignore_index),
         flat(alpha if isinstance(alpha, Tensor) else None, "alpha"), flat(_cap_tensor(cap, like), "cap"), rows,
         float(student.scale), float(student.softcap or 0.0), teacher_scale, teacher_softcap, options.divergence,
         options.alpha, options.beta, options.temperature, options.ce_weight, options.ignore_index,
-        options.detach_mixture, dtype, checked_chunk(chunk_rows), vocab_size or 0, reduction == "none",
-        need_ce, need_metrics, _needs(student.hidden), _needs(student.weight), _needs(student.bias),
+        options.detach_mixture, tail, kept_vocab, dtype, checked_chunk(chunk_rows), vocab_size or 0,
+        reduction == "none", need_ce, need_metrics, _needs(student.hidden), _needs(student.weight),
+        _needs(student.bias),
     )  # fmt: skip
     loss, ce, row_metrics = linear_divergence(call)
     metrics = DivergenceMetrics.from_rows(row_metrics, shape) if need_metrics else None
@@ -238,6 +246,29 @@ def _teacher_arguments(
     bias = None if teacher.bias is None else teacher.bias.detach()
     hidden = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1])
     return hidden, teacher.weight.detach(), bias, float(teacher.softcap or 0.0), float(teacher.scale)
+
+
+_Kept = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _kept_arguments(
+    teacher: CompressedLogits | None,
+    student: LinearHead,
+    options: DivergenceOptions,
+    tail: str,
+    vocab_size: int | None,
+    like: Tensor,
+    need_metrics: bool,
+) -> tuple[_Kept, int]:
+    """A compressed teacher's tensors as the operator takes them, and its vocabulary."""
+    if teacher is None:
+        return (None, None, None, None, None), 0
+    if need_metrics:
+        raise ValueError("metrics need the teacher's logits; CompressedLogits do not determine its entropy.")
+    rows = checked_compressed(
+        teacher, options, tail, like.shape[:-1], student.weight.shape[0], vocab_size, like.dtype, like.device
+    )
+    return (rows.ids, rows.logprobs, rows.log_norm, rows.tail_logprob, rows.counts), rows.vocab_size
 
 
 def _only(rows: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:

@@ -37,7 +37,9 @@ def checked_sides(
         _check_fit(teacher.weight, "teacher.weight", None, dtype)
         vocabularies.append(teacher.weight.shape[0])
     elif teacher is not None:
-        raise TypeError(f"teacher must be a TeacherHead or a tensor of logits, got {type(teacher).__name__}.")
+        raise TypeError(
+            f"teacher must be a TeacherHead, CompressedLogits or a tensor of logits, got {type(teacher).__name__}."
+        )
     if vocab_size is not None:
         _check_vocab_size(vocab_size, min(vocabularies))
     elif teacher is not None:

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from distillm_ext import sample_tokens
 from distillm_ext.generation import SamplingParams, generate
 from distillm_ext.generation import decode as decode_module
+from distillm_ext.generation.flags import FinishedFlags
 
 GREEDY = SamplingParams(temperature=0)
 SMALL = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3,
@@ -100,6 +101,26 @@ def test_lengths_and_ends_by_row_with_few_slots(name):
     assert found.finished.any() and not found.finished.all()
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "lfm2"])
+def test_rows_known_to_be_done_a_step_late(name, monkeypatch):
+    """As on an accelerator: a row takes one step more, whose token is discarded."""
+    model = make(name)
+    limits = [1, 9, 14, 3, 7, 12, 2]
+    ids, mask = prompts([2, 11, 1, 7, 7, 3, 12])
+    options = dict(max_new_tokens=limits, eos_token_ids=(EOS, 9, 30), batch_size=3)
+    expected = generate(model, ids, mask, SamplingParams(), range(7), **options)
+
+    def late(device):
+        flags = FinishedFlags(device)
+        flags.lag = 1
+        return flags
+
+    monkeypatch.setattr(decode_module, "FinishedFlags", late)
+    found = generate(model, ids, mask, SamplingParams(), range(7), **options)
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.lengths, expected.lengths)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=2e-5)
+
+
 def test_columns_move_left_when_the_buffer_is_full(monkeypatch):
     moves = []
     move = decode_module.DecodeLoop._move_left
@@ -142,12 +163,13 @@ def test_a_row_without_a_distribution_ends_and_spares_the_others():
         model.model.embed_tokens.weight[60] = float("nan")
     ids, mask = prompts([6, 6, 2, 2])
     ids[ids == 60] = 59
-    ids[0, 2] = 60
+    ids[1, 2] = 60  # in the second slot, which the next row takes over as it is
     options = dict(max_new_tokens=5, eos_token_ids=(), vocab_size=60)  # so that no other row feeds token 60 to itself
     found = generate(model, ids, mask, GREEDY, batch_size=2, **options)
-    assert int(found.lengths[0]) == 1 and found.logprobs[0, 0].isnan() and not found.finished[0]
-    rest = generate(model, ids[1:], mask[1:], GREEDY, **options)
-    assert torch.equal(found.tokens[1:], rest.tokens) and not found.logprobs[1:].isnan().any()
+    assert int(found.lengths[1]) == 1 and found.logprobs[1, 0].isnan() and not found.finished[1]
+    others = torch.tensor([0, 2, 3])
+    rest = generate(model, ids[others], mask[others], GREEDY, **options)
+    assert torch.equal(found.tokens[others], rest.tokens) and not found.logprobs[others].isnan().any()
 
 
 def test_defaults_of_the_models_generation_config():

@@ -15,12 +15,38 @@ from distillm_ext.functional import DIVERGENCES
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("vocab", (7, 50257, 152064))
+@pytest.mark.parametrize("vocab", (1, 2, 7, 31, 1023, 50257, 152064, 262144))
 def test_identical_inputs_give_zero(divergence, dtype, vocab):
     x = logits(2, vocab, dtype, 3)
     value, gradient = run(x, x, torch.ones(2), divergence=divergence)
     assert value.abs().max() <= 1e-6
     assert gradient.abs().max() <= 2e-7
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("vocab", (152064, 262144))
+def test_large_vocabularies(divergence, dtype, vocab):
+    student, teacher = logits(1, vocab, dtype, 1), logits(1, vocab, dtype, 2)
+    sides = student, teacher, torch.full((1,), -2.0)
+    assert_close(*run(*sides, divergence=divergence), *oracle(*sides, divergence=divergence), dtype)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+def test_logits_of_ten_thousand(divergence, dtype):
+    """Probabilities are 0 or shares of a few equal logits; logarithms of the others reach -28,900."""
+    generator = torch.Generator().manual_seed(4)
+    signs = torch.randint(0, 2, (2, 4, 1100), generator=generator).to(torch.float64) * 2 - 1
+    student, teacher = (signs * 1e4).to(dtype)
+    student[3], teacher[3] = teacher[2].clone(), teacher[2].clone()
+    value, gradient = run(student, teacher, torch.ones(4), divergence=divergence)
+    expected, slope = oracle(student, teacher, torch.ones(4), divergence=divergence)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    scale = 1 + expected[:, None]  # gradients are differences of terms of this size
+    # Where a gradient is tiny beside them, the rounding of the terms is all there is of it.
+    assert ((gradient.double() - slope).abs() <= scale * 2e-6 + slope.abs() * 2**-8).all()
+    assert value[3].abs() <= 1e-6 and gradient[3].abs().max() <= 2e-7
 
 
 @pytest.mark.parametrize("divergence", SKEWED)

@@ -89,6 +89,7 @@ def test_named_forms_and_modules_are_the_same_function():
         (losses.GeneralizedJSLoss, "generalized_js"),
         (losses.TotalVariationLoss, "total_variation"),
         (losses.AlphaBetaLoss, "alpha_beta"),
+        (losses.AdaptiveKLLoss, "adaptive_kl"),
     ):
         module = module_class(temperature=2.0)
         expected = distillation_loss(STUDENT, TEACHER, LABELS, divergence=name, temperature=2.0)

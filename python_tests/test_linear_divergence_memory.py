@@ -137,7 +137,7 @@ BAD = {
     "device": (dict(weight=torch.zeros(VOCAB, HIDDEN, device="meta")), ValueError, "student_weight must be on the dev"),
     "softcap": (dict(softcap=0.0), ValueError, "logit_softcap must be positive and finite, got 0.0"),
     "scale": (dict(scale="x"), TypeError, "logit_scale must be a number, got str"),
-    "teacher type": (dict(teacher="x"), TypeError, "teacher must be a TeacherHead or a tensor of logits, got str"),
+    "teacher type": (dict(teacher="x"), TypeError, "CompressedLogits or a tensor of logits, got str"),
     "teacher logits": (dict(teacher=torch.zeros(3, VOCAB)), ValueError, "teacher must have the positions"),
     "teacher empty": (dict(teacher=torch.zeros(7, 0)), ValueError, "teacher must have shape"),
     "teacher float64": (dict(teacher=torch.zeros(7, VOCAB).double()), TypeError, "float64 needs float64 on both"),

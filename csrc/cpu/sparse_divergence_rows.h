@@ -61,7 +61,7 @@ Term<double> bucket_term(Tail tail, double log2_t, double log2_r, RowParameters<
   if constexpr (Kept::kSampled) {
     return {0, 0};
   } else {
-    if (tail == Tail::kRenormalize || (tail == Tail::kTruncate && Kept::kInfiniteWithoutTeacher)) return {0, 0};
+    if (tail == Tail::kRenormalize || (tail == Tail::kTruncate && Kept::infinite_without_teacher({}))) return {0, 0};
     const double bounded = at_least(log2_r, kLog2LeastTail), r = exp2_fast(log2_r);
     if (tail == Tail::kTruncate) log2_t = -std::numeric_limits<double>::infinity();
     const Term<double> term = typename Kept::Bucket(row)({log2_t, bounded, exp2_fast(log2_t), r});
@@ -198,14 +198,14 @@ void sparse_divergence_rows(const SparseDivergenceCall& call, int64_t begin, int
 
 // The kernel for a divergence's public name and a tail, or null.
 inline SparseDivergenceRows find_sparse_divergence_rows(const char* name, Tail tail, bool float64) {
-#define DISTILLM_MATCH(public_name, D, Z)                                               \
+#define DISTILLM_MATCH(public_name, D, Z, Any)                                          \
   if (tail != Tail::kSampled && !strcmp(name, public_name)) {                           \
     return float64 ? sparse_divergence_rows<double, Exact<D, double>, Exact<Z, double>> \
                    : sparse_divergence_rows<float, Exact<D, float>, Exact<Z, float>>;   \
   }
   DISTILLM_FOR_EACH_SPARSE_DIVERGENCE(DISTILLM_MATCH)
 #undef DISTILLM_MATCH
-#define DISTILLM_MATCH(public_name, D, Z)                                 \
+#define DISTILLM_MATCH(public_name, D, Z, Any)                            \
   if (tail == Tail::kSampled && !strcmp(name, public_name)) {             \
     return float64 ? sparse_divergence_rows<double, D<double>, Z<double>> \
                    : sparse_divergence_rows<float, D<float>, Z<float>>;   \

@@ -23,14 +23,15 @@ uint32_t lanes_above(const Real* z, Real threshold) {
   return mask;
 }
 
-#if defined(__AVX512F__)
+// Chosen by the file that includes this: g++ 12 does not define __AVX2__ after a target pragma.
+#if defined(DISTILLM_LANES_AVX512)
 inline uint32_t lanes_above(const float* z, float threshold) {
   const __m512 t = _mm512_set1_ps(threshold);
   const uint32_t low = _mm512_cmp_ps_mask(_mm512_loadu_ps(z), t, _CMP_GT_OQ);
   const uint32_t high = _mm512_cmp_ps_mask(_mm512_loadu_ps(z + 16), t, _CMP_GT_OQ);
   return low | high << 16;
 }
-#elif defined(__AVX2__)
+#elif defined(DISTILLM_LANES_AVX2)
 inline uint32_t lanes_above(const float* z, float threshold) {
   const __m256 t = _mm256_set1_ps(threshold);
   uint32_t mask = 0;

@@ -34,15 +34,21 @@ class ThresholdFilter {
     for (int64_t start = 0; start < row.vocab; start += kTile) {
       const int64_t count = row.vocab - start < kTile ? row.vocab - start : kTile;
       const Real* z = row.tile(start, count, buffer);
-      prefetch(row, start + kTile, kTile);
-      append_above(z, count, start, threshold_, kept_);
-      tail_.add_below(z, count, threshold_);
+      for (int64_t i = 0; i < count; i += kPiece) {
+        const int64_t piece = count - i < kPiece ? count - i : kPiece;
+        prefetch(row, start + kTile + i, kPiece);
+        append_above(z + i, piece, start + i, threshold_, kept_);
+        tail_.add_below(z + i, piece, threshold_);
+      }
       if (kept_.size + kTile > capacity(k_)) keep_best();
     }
     keep_best();
   }
 
  private:
+  // Of a tile: what is computed between requests for memory, which queue up no further.
+  static constexpr int64_t kPiece = 256;
+
   // Ids still to come are higher: one that ties with the k-th kept value loses against it.
   void keep_best() {
     const int64_t left = kept_.size - k_;

@@ -15,6 +15,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi,bmi2,f16c,lzcnt,movbe,popcnt")
 #define DISTILLM_ISA x86_64_v3
+#define DISTILLM_LANES_AVX2
 #include "topk_logits_rows.h"
 #pragma GCC pop_options
 

@@ -16,6 +16,7 @@
 #pragma GCC target( \
     "avx2,fma,bmi,bmi2,f16c,lzcnt,movbe,popcnt,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512")
 #define DISTILLM_ISA x86_64_v4
+#define DISTILLM_LANES_AVX512
 #include "topk_logits_rows.h"
 #pragma GCC pop_options
 

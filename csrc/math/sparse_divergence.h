@@ -61,18 +61,22 @@ struct BucketOf<KeptTotalVariation, Input> {
 // Functors of kept entries have
 //   kSampled       whether they are an importance form, which has no bucket and uses the share
 //   legal(row)     as in divergence.h
+//   infinite_without_teacher(row)   whether an entry (0, r) is infinite, so that a truncated tail has none
 //   constant(row)  what the row's value has beside the sum over S
 //   Term operator()(Entry, share)
 // and Exact the divergence of the bucket.
 template <template <class> class Divergence, class Real>
 struct Exact {
   static constexpr bool kSampled = false;
-  static constexpr bool kInfiniteWithoutTeacher = std::is_same_v<Divergence<double>, ReverseKl<double>>;
   using Bucket = typename BucketOf<Divergence, Real>::Type;
   Divergence<Real> divergence;
 
   DISTILLM_HD explicit Exact(RowParameters<Real> row) : divergence(row) {}
   DISTILLM_HD static bool legal(RowParameters<Real> row) { return Divergence<Real>::legal(row); }
+  DISTILLM_HD static bool infinite_without_teacher(RowParameters<Real> row) {
+    return std::is_same_v<Divergence<Real>, ReverseKl<Real>> ||
+           (std::is_same_v<Divergence<Real>, SkewReverseKlFromZero<Real>> && row.alpha == Real(0));
+  }
   DISTILLM_HD static Real constant(RowParameters<Real>) { return Real(0); }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e, Real) const { return divergence(e); }
 };
@@ -102,6 +106,21 @@ struct SampledSkewKl {
   DISTILLM_HD Term<Real> operator()(Entry<Real> e, Real share) const {
     const Real p_over_m = ratio(e.p, e.q);
     return {share * (log2_fast(p_over_m) * Real(kLn2)), share * (alpha - Real(1)) * (e.q / e.p * p_over_m)};
+  }
+};
+
+// SampledSkewKl and its limit at alpha = 0: for a backend that does not choose row by row.
+template <class Real>
+struct SampledSkewKlFromZero {
+  static constexpr bool kSampled = true;
+  SampledSkewKl<Real> general;
+  SampledForwardKl<Real> limit;
+
+  DISTILLM_HD explicit SampledSkewKlFromZero(RowParameters<Real> row) : general(row), limit(row) {}
+  DISTILLM_HD static bool legal(RowParameters<Real> row) { return in_unit_interval(row.alpha); }
+  DISTILLM_HD static Real constant(RowParameters<Real>) { return Real(0); }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e, Real share) const {
+    return general.alpha == Real(0) ? limit(e, share) : general(e, share);
   }
 };
 
@@ -143,21 +162,21 @@ struct SampledTotalVariation {
   }
 };
 
-// X(name of the public API, divergence for alpha > 0, divergence at alpha = 0)
-#define DISTILLM_FOR_EACH_SPARSE_DIVERGENCE(X)      \
-  X("forward_kl", ForwardKl, ForwardKl)             \
-  X("reverse_kl", ReverseKl, ReverseKl)             \
-  X("skew_kl", SkewKl, ForwardKl)                   \
-  X("skew_reverse_kl", SkewReverseKl, ReverseKl)    \
-  X("generalized_js", GeneralizedJs, GeneralizedJs) \
-  X("total_variation", KeptTotalVariation, KeptTotalVariation)
+// X(name of the public API, divergence for alpha > 0, divergence at alpha = 0, divergence for any alpha)
+#define DISTILLM_FOR_EACH_SPARSE_DIVERGENCE(X)                          \
+  X("forward_kl", ForwardKl, ForwardKl, ForwardKl)                      \
+  X("reverse_kl", ReverseKl, ReverseKl, ReverseKl)                      \
+  X("skew_kl", SkewKl, ForwardKl, SkewKlFromZero)                       \
+  X("skew_reverse_kl", SkewReverseKl, ReverseKl, SkewReverseKlFromZero) \
+  X("generalized_js", GeneralizedJs, GeneralizedJs, GeneralizedJs)      \
+  X("total_variation", KeptTotalVariation, KeptTotalVariation, KeptTotalVariation)
 
-// X(name of the public API, importance form for alpha > 0, importance form at alpha = 0 where it has one)
-#define DISTILLM_FOR_EACH_SAMPLED_DIVERGENCE(X)                    \
-  X("forward_kl", SampledForwardKl, SampledForwardKl)              \
-  X("skew_kl", SampledSkewKl, SampledForwardKl)                    \
-  X("skew_reverse_kl", SampledSkewReverseKl, SampledSkewReverseKl) \
-  X("total_variation", SampledTotalVariation, SampledTotalVariation)
+// The same of the importance forms. There is none of skew_reverse_kl at alpha = 0: such a row is not legal.
+#define DISTILLM_FOR_EACH_SAMPLED_DIVERGENCE(X)                                          \
+  X("forward_kl", SampledForwardKl, SampledForwardKl, SampledForwardKl)                  \
+  X("skew_kl", SampledSkewKl, SampledForwardKl, SampledSkewKlFromZero)                   \
+  X("skew_reverse_kl", SampledSkewReverseKl, SampledSkewReverseKl, SampledSkewReverseKl) \
+  X("total_variation", SampledTotalVariation, SampledTotalVariation, SampledTotalVariation)
 
 }  // namespace DISTILLM_ISA
 }  // namespace distillm

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from distillm_ext import __version__
+from distillm_ext.cli.capture import capture
 from distillm_ext.cli.demo import demo
 from distillm_ext.cli.evaluate import evaluate
 from distillm_ext.cli.info import info
@@ -16,6 +17,7 @@ app = typer.Typer(
     name="distillm", no_args_is_help=True, pretty_exceptions_enable=False, help="Distil a large language model."
 )
 app.command()(train)
+app.command()(capture)
 app.command()(evaluate)
 app.command()(demo)
 app.command()(info)

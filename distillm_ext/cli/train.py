@@ -64,8 +64,7 @@ def run(settings: Any, *, resume: bool, console: Any, command: str) -> int:
             console.print("loading models and rows …")
             trainer = build_trainer(settings, callbacks=[bar, stop])
             checkpoint = _prepare_folder(trainer, settings, resume, console, start_folder)
-        student, teacher = count_parameters(trainer.model), count_parameters(trainer.teacher.model)
-        console.print(f"student {student / 1e6:.2f} M parameters, teacher {teacher / 1e6:.2f} M")
+        console.print(_sides(trainer, count_parameters))
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
@@ -78,6 +77,16 @@ def run(settings: Any, *, resume: bool, console: Any, command: str) -> int:
         return INTERRUPTED
     _finish(trainer, console)
     return 0
+
+
+def _sides(trainer: Any, count_parameters: Any) -> str:
+    """Student and teacher in a line."""
+    parts = [f"student {count_parameters(trainer.model) / 1e6:.2f} M parameters"]
+    if trainer.teacher is not None:
+        parts.append(f"teacher {count_parameters(trainer.teacher.model) / 1e6:.2f} M")
+    if trainer.teacher_cache is not None:
+        parts.append(f"teacher logits of {len(trainer.teacher_cache)} rows from {trainer.teacher_cache.path}")
+    return ", ".join(parts)
 
 
 def _prepare_folder(trainer: Any, settings: Any, resume: bool, console: Any, start_folder: Any) -> str | None:
@@ -108,6 +117,9 @@ def _finish(trainer: Any, console: Any) -> None:
         return
     console.print(f"student saved to {final}", highlight=False, soft_wrap=True)
     history = trainer.state.log_history
+    if "reuse_memory_mib" in (history[-1] if history else {}):
+        held = {name: history[-1][f"reuse_{name}_mib"] for name in ("memory", "disk")}
+        console.print(f"kept teacher logits: {held['memory']:.1f} MiB in memory, {held['disk']:.1f} MiB on disk")
     if any("loss" in entry for entry in history):
         plot = plot_training(history, final.parent / "training.png", warmup_steps=trainer.args.warmup_objective_steps)
         console.print(f"plot: {plot}", highlight=False, soft_wrap=True)

@@ -134,6 +134,7 @@ class Demo:
         trained, history = self._train(DISTILLED, self.settings, start)
         results[DISTILLED] = self._measure(DISTILLED, trained)
         # Its divergence from itself is known; its cross-entropy and responses are what the student could reach.
+        assert self.models.teacher is not None  # the demo has a model
         results[TEACHER] = replace(self._measure(TEACHER, self.models.teacher), kl=0.0, agreement=1.0)
         batches = {name: sum(int(entry.get(f"batches_{name}", 0)) for entry in history)
                    for name in ("data", "fresh", "replay")}  # fmt: skip

@@ -74,7 +74,7 @@ def row_ends(value: Any, rows: int, defaults: Any) -> Tensor:
         value = [] if value is None else value
     if isinstance(value, Tensor):
         value = value.tolist()
-    listed: list[Any] = [value] if isinstance(value, (int, np.integer)) else list(value)
+    listed: list[Any] = list(value) if isinstance(value, (Sequence, np.ndarray)) else [value]
     nested = any(not isinstance(entry, (int, np.integer)) for entry in listed)
     per_row = [list(entry) for entry in listed] if nested else [listed] * rows
     if len(per_row) != rows:

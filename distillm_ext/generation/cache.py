@@ -1,8 +1,8 @@
 """The key-value cache of the decode loop: rows join and leave a batch without the others being copied.
 
-transformers' `DynamicCache` concatenates every layer's keys and values at every step and copies it all when rows
-leave. `RowCache` writes into buffers allocated once: a step writes one column, a row that leaves is replaced by the
-last one, and prompts of different lengths are prefilled one length at a time into the places where they belong.
+transformers' `DynamicCache` concatenates every layer's keys and values at every step and copies the whole cache when
+rows leave. `RowCache` writes into buffers allocated once: a step writes one column, a row that leaves is replaced by
+the last one, and prompts of different lengths are prefilled one length at a time into the places where they belong.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ class Window:
 
 class RowLayer(DynamicLayer):
     """Keys and values of one layer, [slots, heads, columns, width], allocated at the first update."""
+
+    keys: Any
+    values: Any
 
     def __init__(self, window: Window) -> None:
         super().__init__()
@@ -139,8 +142,8 @@ def supports_rows(config: Any) -> bool:
 def select_rows(cache: DynamicCache, indices: Tensor) -> None:
     """Keeps the rows `indices` of any transformers cache, copying it whole.
 
-    `reorder_cache`, not `batch_select_indices`: layers with a recurrent state beside their keys reorder both, but
-    select in their keys alone.
+    `reorder_cache` rather than `batch_select_indices`: layers with a recurrent state beside their keys reorder both,
+    but select in their keys alone.
     """
     cache.reorder_cache(indices)  # type: ignore[arg-type]
 

@@ -51,7 +51,7 @@ class DecodeLoop:
     """Generates all rows of a request.
 
     The batch is `self.rows`: slot i holds row `rows[i]` of the request. Its text lies in the columns from `starts[i]`
-    and ends, like every other row's, at `self.stop`. A row that is done is replaced by the last one, so nothing else
+    on and ends, like every other row's, at `self.stop`. A row that is done is replaced by the last one, so nothing else
     moves; new rows are prefilled behind it. Rows of any age share a step, each with its own position.
 
     Args:

@@ -18,9 +18,9 @@ from distillm_ext.ops.few_rows_linear import few_rows_linear
 MOST_ROWS = 16
 
 
-def _takes_kernel(module: nn.Module) -> bool:
+def _takes_kernel(module: nn.Linear) -> bool:
     """A plain linear layer whose weight is here, whole, on the CPU and in a dtype of the kernel."""
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
         return False
     tensors = [module.weight] if module.bias is None else [module.weight, module.bias]
     return all(
@@ -49,13 +49,13 @@ def few_rows_linears(model: nn.Module) -> Iterator[None]:
 
     Only without gradient. Under autocast the layers stay as they are: it chooses the dtype of their products.
     """
-    replaced = []
+    replaced: list[nn.Linear] = []
     if not torch.is_autocast_enabled("cpu"):
-        replaced = [module for module in model.modules() if _takes_kernel(module)]
+        replaced = [m for m in model.modules() if isinstance(m, nn.Linear) and _takes_kernel(m)]
     for module in replaced:
-        module.forward = _forward(module)  # type: ignore[arg-type]
+        module.__dict__["forward"] = _forward(module)
     try:
         yield
     finally:
         for module in replaced:
-            del module.forward
+            del module.__dict__["forward"]

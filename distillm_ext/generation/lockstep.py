@@ -1,7 +1,7 @@
 """Processes that share one sharded model run the same number of forward passes.
 
-Under FSDP (and DeepSpeed ZeRO-3) a forward pass gathers weights from all ranks: one that has fewer prompts, or
-whose rows end sooner, must go on calling the model or the others wait for ever. Before each pass every process says
+Under FSDP (and DeepSpeed ZeRO-3) a forward pass gathers weights from all processes: a process that has fewer prompts,
+or whose rows end sooner, must go on calling the model or the others wait for ever. Before each pass every process says
 whether it has work. A process that has does not look at the answer, so it never waits for it; one that has not runs a
 dummy pass as long as another has.
 """

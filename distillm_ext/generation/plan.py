@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-# What one more forward pass costs, in tokens of prefill: reading weights, launching layers. Measured on a CPU
-# (a 135 M model: one token 56 ms, each further one 3 ms); an accelerator needs hundreds of tokens to fill up.
+# What one more forward pass costs, in tokens of prefill: reading the weights and launching the layers. Measured on a
+# CPU (a 135 M model: one token 56 ms, each further one 3 ms); an accelerator needs hundreds of tokens to fill up.
 PASS_COST = {"cpu": 16}
 ACCELERATOR_PASS_COST = 512
 # Most tokens of one prefill pass: bounds the activations, [tokens, intermediate size] at their widest.

@@ -17,9 +17,14 @@ class LinearDivergenceCall(NamedTuple):
     hidden: Tensor  # [R, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
-    teacher: Tensor | None  # [R, Ht] with a teacher_weight, else logits [R, Vt]; None: cross-entropy alone
+    teacher: Tensor | None  # [R, Ht] with a teacher_weight, else logits [R, Vt]; None and no ids: cross-entropy alone
     teacher_weight: Tensor | None  # [Vt, Ht]
     teacher_bias: Tensor | None  # [Vt]
+    ids: Tensor | None  # [R, K]: of a compressed teacher, as the next four; `CompressedRows`
+    logprobs: Tensor | None
+    log_norm: Tensor | None
+    tail_logprob: Tensor | None
+    counts: Tensor | None
     labels: Tensor | None  # [R] int64
     row_weight: Tensor | None  # [R], the loss dtype, as alpha_rows and cap
     alpha_rows: Tensor | None
@@ -36,6 +41,8 @@ class LinearDivergenceCall(NamedTuple):
     ce_weight: float
     ignore_index: int
     detach_mixture: bool
+    tail: str  # of a compressed teacher, as the next
+    teacher_vocab: int
     dtype: torch.dtype  # of the student's products
     chunk_rows: int  # 0: from the memory budget
     vocab_size: int  # entries of both sides to use; 0: all

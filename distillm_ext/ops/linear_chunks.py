@@ -7,15 +7,16 @@ states, weight and bias are complete when the forward pass ends (as in Liger Ker
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .divergence import loss_dtype
+from .divergence import DivergenceOptions, RowSides, loss_dtype
 from .linear_call import LinearDivergenceCall
 from .linear_gradients import Accumulate, Gradients, accumulate_cpu, accumulate_cuda, spread
+from .sparse_divergence import CompressedRows, sparse_divergence, sparse_divergence_over
 
 # What automatic chunks may take: logits of both sides. The gradient takes the place of the student's.
 MEMORY_BUDGET = 256 * 2**20
@@ -60,7 +61,7 @@ class _Chunks:
         student = self.student_buffer[: part.stop - part.start]
         project(call.hidden[part], call.weight, call.bias, call.scale, call.softcap, student)
         ce = student.new_empty(0)
-        if call.teacher is None:
+        if call.teacher is None and call.ids is None:
             loss, metrics = self._overwrite(
                 _alone(call), student, student.new_zeros(student.shape[0], 1), part, gradients
             )
@@ -74,7 +75,7 @@ class _Chunks:
         return loss, ce, metrics
 
     def _overwrite(
-        self, call: LinearDivergenceCall, student: Tensor, teacher: Tensor, part: slice, gradients: Gradients
+        self, call: LinearDivergenceCall, student: Tensor, teacher: Tensor | None, part: slice, gradients: Gradients
     ) -> tuple[Tensor, Tensor]:
         """Losses and metrics; where gradients are needed, that of the head's output takes the place of `student`."""
         if not gradients.needed:
@@ -86,15 +87,17 @@ class _Chunks:
             piece = slice(begin, min(begin + len(self.kept_logits), student.shape[0]))
             gradient, kept = student[piece], self.kept_logits[: piece.stop - begin].copy_(student[piece])
             rows = slice(part.start + begin, part.start + piece.stop)
-            found.append(_divergence_(call, gradient, teacher[piece], rows))
+            found.append(_divergence_(call, gradient, None if teacher is None else teacher[piece], rows))
             # d softcap tanh(x / softcap) / dx = 1 - (logit / softcap)^2
             gradient.addcmul_(gradient, kept.square_(), value=-1 / call.softcap**2)
         losses, metrics = zip(*found, strict=True)
         return torch.cat(losses), torch.cat(metrics)
 
-    def _teacher_logits(self, part: slice) -> Tensor:
+    def _teacher_logits(self, part: slice) -> Tensor | None:
+        """None of a compressed teacher, which has rows of its own in the call."""
         call = self.call
-        assert call.teacher is not None  # the caller asked
+        if call.teacher is None:
+            return None
         if call.teacher_weight is None:
             if self.teacher_rows is None:
                 return call.teacher[part]
@@ -109,32 +112,58 @@ class _Chunks:
 def _alone(call: LinearDivergenceCall) -> LinearDivergenceCall:
     """Cross-entropy alone, by the same kernel: a divergence capped at 0 adds nothing, to the gradient neither."""
     return call._replace(
-        divergence="total_variation", temperature=1.0, ce_weight=1.0, detach_mixture=False, alpha_rows=None,
+        divergence="total_variation", temperature=1.0, ce_weight=1.0, detach_mixture=False, alpha_rows=None, ids=None,
         cap=call.hidden.new_zeros(call.hidden.shape[0], dtype=loss_dtype(call.dtype)), need_metrics=False,
     )  # fmt: skip
 
 
-def _side_arguments(call: LinearDivergenceCall, part: slice) -> tuple[Any, ...]:
-    """What the operators take behind student and teacher, for the rows of `part`."""
+def _sides(call: LinearDivergenceCall, part: slice) -> RowSides:
+    """The side inputs of the rows of `part`."""
+    sides = (call.labels, call.row_weight, call.alpha_rows, call.cap)
+    return RowSides(*(None if x is None else x[part] for x in sides))
 
-    def rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[part]
 
-    return (
-        rows(call.labels), rows(call.row_weight), rows(call.alpha_rows), rows(call.cap), call.divergence, call.alpha,
-        call.beta, call.temperature, call.ce_weight, call.ignore_index, call.detach_mixture, 0,
+def _options(call: LinearDivergenceCall) -> DivergenceOptions:
+    return DivergenceOptions(
+        call.divergence, call.alpha, call.beta, call.temperature, call.ce_weight, call.ignore_index,
+        call.detach_mixture,
     )  # fmt: skip
 
 
-def _divergence(call: LinearDivergenceCall, student: Tensor, teacher: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+def _arguments(call: LinearDivergenceCall, part: slice) -> tuple[Any, ...]:
+    """What the operators of teacher logits take behind student and teacher, for the rows of `part`."""
+    return (*_sides(call, part), *astuple(_options(call)), 0)
+
+
+def _compressed(call: LinearDivergenceCall, part: slice) -> CompressedRows:
+    """The compressed teacher of the rows of `part`."""
+    ids, logprobs, log_norm, tail_logprob = call.ids, call.logprobs, call.log_norm, call.tail_logprob
+    assert ids is not None and logprobs is not None and log_norm is not None and tail_logprob is not None
+    counts = None if call.counts is None else call.counts[part]
+    return CompressedRows(
+        ids[part], logprobs[part], log_norm[part], tail_logprob[part], counts, call.teacher_vocab, call.tail
+    )
+
+
+def _divergence(
+    call: LinearDivergenceCall, student: Tensor, teacher: Tensor | None, part: slice
+) -> tuple[Tensor, Tensor]:
+    if call.ids is not None:
+        loss = sparse_divergence(student, _compressed(call, part), _sides(call, part), _options(call))
+        return loss, loss.new_empty(0)
     loss, _, metrics = torch.ops.distillm_ext.divergence(
-        student, teacher, *_side_arguments(call, part), False, call.need_metrics
+        student, teacher, *_arguments(call, part), False, call.need_metrics
     )
     return loss, metrics
 
 
-def _divergence_(call: LinearDivergenceCall, student: Tensor, teacher: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    return torch.ops.distillm_ext.divergence_(student, teacher, *_side_arguments(call, part), call.need_metrics)
+def _divergence_(
+    call: LinearDivergenceCall, student: Tensor, teacher: Tensor | None, part: slice
+) -> tuple[Tensor, Tensor]:
+    if call.ids is not None:
+        loss = sparse_divergence_over(student, _compressed(call, part), _sides(call, part), _options(call))
+        return loss, loss.new_empty(0)
+    return torch.ops.distillm_ext.divergence_(student, teacher, *_arguments(call, part), call.need_metrics)
 
 
 def _counted(call: LinearDivergenceCall) -> Tensor | None:
@@ -165,8 +194,9 @@ def _prepared(call: LinearDivergenceCall, rows: Tensor | None) -> LinearDivergen
         hidden=hidden.to(call.dtype), weight=call.weight[:vocab].to(call.dtype),
         bias=None if call.bias is None else call.bias[:vocab].to(call.dtype),
         teacher=teacher, teacher_weight=teacher_weight, teacher_bias=teacher_bias,
-        labels=take(call.labels), row_weight=take(call.row_weight), alpha_rows=take(call.alpha_rows),
-        cap=take(call.cap),
+        ids=take(call.ids), logprobs=take(call.logprobs), log_norm=take(call.log_norm),
+        tail_logprob=take(call.tail_logprob), counts=take(call.counts), labels=take(call.labels),
+        row_weight=take(call.row_weight), alpha_rows=take(call.alpha_rows), cap=take(call.cap),
     )  # fmt: skip
 
 

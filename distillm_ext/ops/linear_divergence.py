@@ -13,10 +13,12 @@ from .linear_chunks import linear_divergence_cpu, linear_divergence_cuda
 
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? ids, Tensor? logprobs, Tensor? log_norm, Tensor? tail_logprob, Tensor? counts, "
     "Tensor? labels, Tensor? row_weight, Tensor? alpha_rows, Tensor? cap, Tensor? rows, float scale, float softcap, "
     "float teacher_scale, float teacher_softcap, str divergence, float alpha, float beta, float temperature, "
-    "float ce_weight, int ignore_index, bool detach_mixture, ScalarType dtype, SymInt chunk_rows, SymInt vocab_size, "
-    "bool per_row, bool need_ce, bool need_metrics, bool need_hidden, bool need_weight, bool need_bias) -> "
+    "float ce_weight, int ignore_index, bool detach_mixture, str tail, SymInt teacher_vocab, ScalarType dtype, "
+    "SymInt chunk_rows, SymInt vocab_size, bool per_row, bool need_ce, bool need_metrics, bool need_hidden, "
+    "bool need_weight, bool need_bias) -> "
     "(Tensor loss, Tensor ce, Tensor metrics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
 _NAME = "distillm_ext::linear_divergence"

@@ -58,6 +58,13 @@ def _overwriting(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return loss, loss.new_empty(0)  # a compressed teacher has no metrics
 
 
+def sparse_divergence_over(
+    student: Tensor, teacher: CompressedRows, sides: RowSides, options: DivergenceOptions
+) -> Tensor:
+    """Losses [R]; the gradient of their sum takes the place of `student`. Unknown to autograd."""
+    return torch.ops.distillm_ext.sparse_divergence_(student, *_arguments(teacher, sides, options, 0))
+
+
 _ARGUMENTS = 21
 
 

@@ -141,6 +141,16 @@ class TeacherCache:
             "capture the data set that is trained on"
         )
 
+    def has(self, key: bytes) -> bool:
+        """Whether there is an example with this key (`distillm_ext.teacher.keys.sequence_key`)."""
+        return next(self._index.find(key), None) is not None
+
+    def get(self, key: bytes) -> np.ndarray | None:
+        """The packed records [positions, record_bytes] of the example with this key, None where there is none."""
+        for shard, row in self._index.find(key):
+            return self._read(self._shards[shard].row(row)).packed
+        return None
+
     def lookup(
         self, tokens: Tokens | Sequence[Tokens], targets: Sequence[Targets] | None = None, *, device: Any = "cpu"
     ) -> CompressedLogits:

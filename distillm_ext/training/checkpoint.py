@@ -21,12 +21,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 STATE_FILE = "distillation_state.json"
 MARKER_FILE = "complete.json"
 FORMAT_VERSION = 1
+_SAFETENSORS_NAMES = {torch.int64: "I64", torch.uint8: "U8"}
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -70,9 +72,30 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file in the same way as `write_json`."""
+    """Writes a safetensors file in the same way as `write_json`.
+
+    Tensor by tensor: safetensors' own writer makes a copy of all of them first, and what is stored here may be mapped
+    from a file that is larger than the memory.
+    """
+    arrays = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Widest elements first, so that each tensor starts at a multiple of its element's size.
+    names = sorted(arrays, key=lambda name: (-arrays[name].element_size(), name))
+    header, offset = {}, 0
+    for name in names:
+        size = arrays[name].numel() * arrays[name].element_size()
+        header[name] = {
+            "dtype": _SAFETENSORS_NAMES[arrays[name].dtype],
+            "shape": list(arrays[name].shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     temporary = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    with temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(arrays[name].numpy().data.cast("B") if arrays[name].numel() else b"")
     _replace_into(temporary, path)
 
 

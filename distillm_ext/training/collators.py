@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from distillm_ext.teacher.keys import sequence_key
+
 IGNORE_INDEX = -100
 
 
@@ -31,6 +33,8 @@ class DistillationCollator:
         targets: [R] int64, the tokens predicted there.
         prompt_length, row: [B] int64.
         num_tokens: tokens that are not padding (int).
+        keys, row_targets, row_numbers: lists of B, which stay on the host: what names the row and its targets
+            (`sequence_key`), how many targets it has, and `row` again.
     """
 
     pad_token_id: int
@@ -57,7 +61,13 @@ class DistillationCollator:
         for name in ("prompt_length", "row"):
             batch[name] = np.array([feature[name] for feature in features], dtype=np.int64)
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-        return {**tensors, "num_tokens": int(attention_mask.sum())}
+        return {
+            **tensors,
+            "num_tokens": int(attention_mask.sum()),
+            "keys": [sequence_key(row, mask) for row, mask in zip(rows, masks, strict=True)],
+            "row_targets": (labels[:, 1:] != IGNORE_INDEX).sum(axis=1).tolist(),
+            "row_numbers": batch["row"].tolist(),
+        }
 
 
 def target_positions(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

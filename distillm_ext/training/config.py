@@ -10,8 +10,10 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from distillm_ext.generation.sampling import SamplingParams
-from distillm_ext.options import DEFAULT_ALPHA, DEFAULT_BETA, DIVERGENCES
+from distillm_ext.options import DEFAULT_ALPHA, DEFAULT_BETA, DIVERGENCES, TAILS
+from distillm_ext.packing import CODECS
 from distillm_ext.training.policies import POLICIES
+from distillm_ext.training.reuse_checks import MAX_K, REUSE_METHODS, check_compressed_loss
 from distillm_ext.training.schedule import REPLAY_RATIOS, SCHEDULES
 from distillm_ext.training.teacher import TEACHER_DTYPES
 
@@ -80,6 +82,20 @@ class DistillationConfig(TrainingArguments):
     generation_batch_size: int | None = _option(
         None, "Prompts per generation pass and process; None is all of an optimizer step's. >= 1."
     )
+    tail: str | None = _option(
+        None, f"Compressed teacher logits: how entries that were not kept count, one of {', '.join(TAILS)}. None is "
+        "'sampled' for sampled ones, else 'bucket'."
+    )  # fmt: skip
+    reuse_teacher_logits: str = _option(
+        "off", "Keep the teacher's output, compressed, with every data row and every replayed sequence, so that the "
+        "teacher sees each sequence once: 'topk' (the reuse_k largest), 'sample' (reuse_k draws), or 'off'."
+    )  # fmt: skip
+    reuse_k: int = _option(64, "Entries (or draws) kept per position. In [1, 1024].")
+    reuse_codec: str = _option("q8", f"How kept entries are stored: one of {', '.join(CODECS)}.")
+    reuse_memory_mib: int = _option(
+        1024, "MiB of kept teacher logits that one process holds in memory; the rest goes to memory-mapped files in "
+        "output_dir. >= 0."
+    )  # fmt: skip
     teacher_dtype: str = _option("auto", f"Dtype of the teacher: one of {', '.join(TEACHER_DTYPES)}.")
     logging_nan_inf_filter: bool = _option(
         False, "Hide NaN and inf from the logged loss. Off here: the check waits for the device in every micro-batch."
@@ -103,6 +119,9 @@ class DistillationConfig(TrainingArguments):
             "replay_ratio": REPLAY_RATIOS,
             "warmup_objective": (*WARMUP_OBJECTIVES, None),
             "teacher_dtype": tuple(TEACHER_DTYPES),
+            "tail": (*TAILS, None),
+            "reuse_teacher_logits": REUSE_METHODS,
+            "reuse_codec": CODECS,
         }
         for name, legal in choices.items():
             value = getattr(self, name)
@@ -127,12 +146,15 @@ class DistillationConfig(TrainingArguments):
         if self.divergence == "interpolated" and self.alpha is None:
             raise ValueError("alpha: divergence 'interpolated' needs the teacher's share in [0, 1]; got None")
         lengths = ("replay_capacity", "max_prompt_length", "max_length", "max_new_tokens", "generation_batch_size")
-        for name in (*lengths, "warmup_objective_steps"):
-            value, least = getattr(self, name), 0 if name == "warmup_objective_steps" else 1
+        from_zero = ("warmup_objective_steps", "reuse_memory_mib")
+        for name in (*lengths, *from_zero, "reuse_k"):
+            value, least = getattr(self, name), 0 if name in from_zero else 1
             if value is None and name == "generation_batch_size":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+        if self.reuse_k > MAX_K:
+            raise ValueError(f"reuse_k: expected an int in [1, {MAX_K}], got {self.reuse_k}")
 
     def _check_combinations(self) -> None:
         if self.max_length <= self.max_prompt_length:
@@ -145,6 +167,11 @@ class DistillationConfig(TrainingArguments):
                 f"warmup_objective: {self.warmup_objective_steps} warmup_objective_steps need an objective; expected "
                 f"one of {', '.join(WARMUP_OBJECTIVES)}, got None"
             )
+        if self.reuse_teacher_logits != "off":
+            check_compressed_loss(
+                self.divergence, alpha=self.alpha, tail=self.tail, temperature=self.temperature,
+                method=self.reuse_teacher_logits,
+            )  # fmt: skip
         if self.policy == "adaptive_off_policy" and self.eval_strategy == IntervalStrategy.NO:
             raise ValueError(
                 "eval_strategy: policy 'adaptive_off_policy' raises φ when the validation loss rises, so it needs "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillm_ext.containers import LinearHead
+from distillm_ext.containers import CompressedLogits, LinearHead
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,8 @@ class TokenBatch:
 
 # What a loss reads of a model at R positions: logits [R, V], or what they are made of.
 Rows = Tensor | LinearHead
+# What it reads of a teacher: that, or what was kept of its logits.
+Targets = Rows | CompressedLogits
 _HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

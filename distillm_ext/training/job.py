@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 
 from distillm_ext.files import write_text
+from distillm_ext.teacher.manifest import MANIFEST as CACHE_MANIFEST
 from distillm_ext.training.checkpoint import list_checkpoints, newest_complete_checkpoint
 from distillm_ext.training.models import check_same_tokens, load_student, load_teacher, load_tokenizer
 from distillm_ext.training.rows import load_rows
@@ -28,30 +29,57 @@ SETTINGS_FILE, LOG_FILE, MODEL_FOLDER = "settings.yaml", "log.json", "final"
 
 @dataclass
 class Models:
-    """What a run loads: the student is trained in float32 (mixed precision is `bf16` of the training settings)."""
+    """What a run loads: the student is trained in float32 (mixed precision is `bf16` of the training settings).
+
+    Attributes:
+        teacher: None where a cache takes its place.
+        cache: folder of a cache of the teacher's output, or None.
+    """
 
     student: PreTrainedModel
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | None
     tokenizer: Any
+    cache: Path | None = None
 
 
 def load_models(settings: RunSettings) -> Models:
     """Load teacher, student and the tokenizer they share.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_teacher`, `load_student`; or two tokenizers that differ.
+        FileNotFoundError, ValueError: as `load_teacher`, `load_student`; two tokenizers that differ; or a student that
+            is cut from a teacher of which there is only a cache.
     """
+    source, cache = split_teacher_setting(settings.teacher)
     cut = isinstance(settings.student, dict) and bool({"layers", "keep_layers"} & set(settings.student))
     wanted = settings.training.get("teacher_dtype", "auto")
     # A student that is cut out of the teacher starts from its weights before any rounding.
     dtype = "float32" if cut or wanted == "auto" else wanted
-    teacher = load_teacher(settings.teacher, dtype)
-    tokenizer = load_tokenizer(settings.teacher)
+    if source is None:
+        if cut:
+            raise ValueError(
+                f"student: is cut from the teacher's layers, and teacher: {cache} is a cache without layers; name the "
+                "model too (teacher: {name: ..., cache: ...}), or a student of its own"
+            )
+        return Models(load_student(settings.student), None, load_tokenizer(settings.student), cache)
+    teacher = load_teacher(source, dtype)
+    tokenizer = load_tokenizer(source)
     if cut:
-        return Models(load_student(settings.student, teacher=teacher), teacher, tokenizer)
+        return Models(load_student(settings.student, teacher=teacher), teacher, tokenizer, cache)
     own = load_tokenizer(settings.student)
     check_same_tokens(own, tokenizer)
-    return Models(load_student(settings.student), teacher, own)
+    return Models(load_student(settings.student), teacher, own, cache)
+
+
+def split_teacher_setting(teacher: str | dict[str, Any]) -> tuple[str | dict[str, Any] | None, Path | None]:
+    """(model or None, cache or None) that the settings' `teacher` names; a folder with a cache's manifest is one."""
+    named = {"name": teacher} if isinstance(teacher, str) else dict(teacher)
+    cache = named.pop("cache", None)
+    name = str(named.get("name"))
+    if cache is None and set(named) == {"name"} and (Path(name) / CACHE_MANIFEST).is_file():
+        return None, Path(name)
+    if not named:
+        return None, Path(str(cache))
+    return teacher if isinstance(teacher, str) else named, None if cache is None else Path(cache)
 
 
 def load_splits(settings: DatasetSettings) -> tuple[Dataset, Dataset | None]:
@@ -92,6 +120,7 @@ def build_trainer(
     trainer = DistillationTrainer(
         model=loaded.student,
         teacher=loaded.teacher,
+        teacher_cache=loaded.cache,
         args=args,
         train_dataset=train,
         eval_dataset=heldout,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distillm_ext.containers import DivergenceMetrics, LinearHead
+from distillm_ext.containers import CompressedLogits, DivergenceMetrics, LinearHead
 from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
 from distillm_ext.losses import DistillationLoss
-from distillm_ext.training.heads import Rows, head_logits
+from distillm_ext.training.heads import Rows, Targets, head_logits
 from distillm_ext.training.meters import METRICS
 
 
@@ -51,7 +51,7 @@ class CrossEntropyObjective:
     needs_teacher = False
 
     def __call__(
-        self, student: Rows, teacher: Rows | None, targets: Tensor, *, num_items: int | Tensor, ground_truth: bool
+        self, student: Rows, teacher: Targets | None, targets: Tensor, *, num_items: int | Tensor, ground_truth: bool
     ) -> LossParts:
         """See `DivergenceObjective.__call__`; `teacher` and `ground_truth` are not looked at."""
         total = cross_entropy(student, targets, num_items)
@@ -65,6 +65,7 @@ class DivergenceObjective:
         divergence, alpha, beta, temperature: see `distillm_ext.distillation_loss`; None is the published default.
         ce_weight: weight of the cross-entropy with the targets.
         vocab_size: entries of both vocabularies that are compared.
+        tail: of compressed teacher logits, see `distillm_ext.distillation_loss`.
     """
 
     needs_teacher = True
@@ -78,23 +79,24 @@ class DivergenceObjective:
         *,
         ce_weight: float = 0.0,
         vocab_size: int | None = None,
+        tail: str = "bucket",
     ) -> None:
         parameters = {"alpha": alpha, "beta": beta, "temperature": temperature, "vocab_size": vocab_size}
         options: dict[str, Any] = {name: value for name, value in parameters.items() if value is not None}
         self.ce_weight = ce_weight
         self.vocab_size = vocab_size
-        self.options = {"divergence": divergence, **options}
+        self.options = {"divergence": divergence, "tail": tail, **options}
         self.divergence = DistillationLoss(**self.options)
         self.with_ce = DistillationLoss(ce_weight=ce_weight, **self.options)
 
     def __call__(
-        self, student: Rows, teacher: Rows | None, targets: Tensor, *, num_items: int | Tensor, ground_truth: bool
+        self, student: Rows, teacher: Targets | None, targets: Tensor, *, num_items: int | Tensor, ground_truth: bool
     ) -> LossParts:
         """Computes the loss of one micro-batch.
 
         Args:
             student: [R, V] logits, differentiable, or the head that makes them.
-            teacher: [R, V_teacher] logits, or the head that makes them.
+            teacher: [R, V_teacher] logits, the head that makes them, or what is kept of them.
             targets: [R] int64.
             num_items: the normaliser, global over the optimizer step.
             ground_truth: whether the targets come from the data set or the teacher. A student's own samples are no
@@ -110,7 +112,11 @@ class DivergenceObjective:
         teacher = (head_logits(teacher) if isinstance(teacher, LinearHead) else teacher).to(student.device)
         targets = targets.to(student.device)
         loss = self.divergence if ce_weight == 0.0 else self.with_ce
-        total, metrics = loss(student, teacher, targets, num_items=num_items, return_metrics=True)
+        metrics = None
+        if isinstance(teacher, CompressedLogits):
+            total = loss(student, teacher, targets, num_items=num_items)
+        else:
+            total, metrics = loss(student, teacher, targets, num_items=num_items, return_metrics=True)
         ce = None
         if ce_weight != 0.0:
             with torch.no_grad():
@@ -118,23 +124,25 @@ class DivergenceObjective:
         return _divergence_parts(total, metrics, num_items, ce, ce_weight)
 
     def _fused(
-        self, student: LinearHead, teacher: Rows, targets: Tensor, num_items: int | Tensor, ce_weight: float
+        self, student: LinearHead, teacher: Targets, targets: Tensor, num_items: int | Tensor, ce_weight: float
     ) -> LossParts:
-        if isinstance(teacher, Tensor):
+        if not isinstance(teacher, LinearHead):
             teacher = teacher.to(student.hidden.device)
         total, ce, metrics = linear_distillation_parts(
             student, teacher, targets, num_items=num_items, ce_weight=ce_weight, need_ce=ce_weight != 0,
-            need_metrics=True, **self.options,
+            need_metrics=not isinstance(teacher, CompressedLogits), **self.options,
         )  # fmt: skip
-        assert metrics is not None  # asked for
         return _divergence_parts(total, metrics, num_items, ce if ce_weight != 0.0 else None, ce_weight)
 
 
 def _divergence_parts(
-    total: Tensor, metrics: DivergenceMetrics, num_items: int | Tensor, ce: Tensor | None, ce_weight: float
+    total: Tensor, metrics: DivergenceMetrics | None, num_items: int | Tensor, ce: Tensor | None, ce_weight: float
 ) -> LossParts:
-    """The parts of a divergence with or without cross-entropy; metrics as sums over the targets / num_items."""
-    parts = {name: getattr(metrics, name).sum() / num_items for name in METRICS}
+    """The parts of a divergence with or without cross-entropy; metrics as sums over the targets / num_items.
+
+    Compressed teacher logits have no metrics: they do not tell the teacher's entropy.
+    """
+    parts = {} if metrics is None else {name: getattr(metrics, name).sum() / num_items for name in METRICS}
     if ce is None:
         return LossParts(total, {"divergence": total.detach(), **parts})
     return LossParts(total, {"divergence": total.detach() - ce_weight * ce, "ce": ce, **parts})

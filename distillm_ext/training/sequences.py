@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from distillm_ext.teacher.keys import sequence_key
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,19 @@ class TokenSequence:
         prompt, response = list(prompt), list(response)
         return cls(np.array(prompt + response, dtype=np.int64), len(prompt), row)
 
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """[length] int64, 1 at every token of the response."""
+        return (np.arange(len(self.input_ids)) >= self.prompt_length).astype(np.int64)
+
+    @cached_property
+    def key(self) -> bytes:
+        """What names the sequence and its targets, see `sequence_key`."""
+        return sequence_key(self.input_ids, self.loss_mask)
+
     def to_feature(self) -> dict[str, object]:
         """The row that `DistillationCollator` takes."""
-        mask = np.ones(len(self.input_ids), dtype=np.int64)
-        mask[: self.prompt_length] = 0
-        feature = {"input_ids": self.input_ids, "loss_mask": mask}
+        feature = {"input_ids": self.input_ids, "loss_mask": self.loss_mask}
         return {**feature, "prompt_length": self.prompt_length, "row": self.row}
 
 

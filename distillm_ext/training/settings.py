@@ -5,6 +5,9 @@
     dataset: {train: train.jsonl, eval: heldout.jsonl}
     training: {output_dir: runs/first, policy: adaptive_off_policy, learning_rate: 1e-4}
 
+The teacher may be a cache of its output that `distillm capture` made (teacher: caches/first), or a model and a cache
+(teacher: {name: models/teacher, cache: caches/first}).
+
 Every message names the key, the file and the line (or the override) it came from.
 """
 
@@ -38,6 +41,7 @@ __all__ = ["DatasetSettings", "RunSettings", "SettingsError", "load_settings", "
 TOP_LEVEL = ("student", "teacher", "dataset", "training")
 MODEL_KEYS = ("name", "gguf_file", "revision")
 STUDENT_KEYS = (*MODEL_KEYS, "layers", "keep_layers")
+TEACHER_KEYS = (*MODEL_KEYS, "cache")
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def _check(tree: Tree, source: str) -> RunSettings:
     collect_places(tree, "", places)
     return RunSettings(
         student=_model(tree["student"], "student", STUDENT_KEYS, source),
-        teacher=_model(tree["teacher"], "teacher", MODEL_KEYS, source),
+        teacher=_model(tree["teacher"], "teacher", TEACHER_KEYS, source),
         dataset=_dataset(tree["dataset"], source),
         training=_training(training, source),
         places=places,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 
 from distillm_ext.generation import Engine, LocalEngine, full_weights
+from distillm_ext.teacher import TeacherCache
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.data import prepare_dataset
@@ -23,6 +25,8 @@ from distillm_ext.training.replay import ReplayBuffer
 from distillm_ext.training.responses import EngineResponses, end_token_ids
 from distillm_ext.training.rollouts import Rollouts
 from distillm_ext.training.rows import load_rows
+from distillm_ext.training.student import StudentForward
+from distillm_ext.training.teacher import ModelTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +105,18 @@ def prepare_eval(
     return prepare_split(dataset, tokenizer, args, "eval_dataset")
 
 
+def verify_heads(dataset: Any, teacher: ModelTeacher | None, student: StudentForward) -> None:
+    """Checks on a few tokens of the data that backbones and heads, used apart, give the models' own logits."""
+    if not isinstance(dataset, Dataset):
+        return
+    probe = dataset[0]["input_ids"][:16]
+    if teacher is not None:
+        teacher.verify(probe)
+    # A student that is still to be materialised cannot run yet; its split is trusted.
+    if not any(parameter.is_meta for parameter in student.model.parameters()):
+        student.reader.verify(probe, "student")
+
+
 def load_plain_text(args: DistillationConfig, dataset: Dataset | None, tokenizer: Any) -> list[np.ndarray] | None:
     """Token blocks of the plain-text term, from the data set given or the one named in the configuration, or None."""
     if dataset is None and args.lm_dataset is None:
@@ -110,17 +126,20 @@ def load_plain_text(args: DistillationConfig, dataset: Dataset | None, tokenizer
     return pack_text(rows, tokenizer, max_length=args.max_length, source=source)
 
 
-def compared_vocabulary(student: Any, teacher: Any, tokenizer: Any) -> int:
-    """Vocabulary entries that the loss compares: the least of both models' and the tokenizer's.
+def compared_vocabulary(student: Any, teacher: Any, cache: TeacherCache | None, tokenizer: Any) -> int:
+    """Vocabulary entries that the loss compares: the least of the models', the cache's and the tokenizer's.
 
     Entries beyond are padding of the embedding (151936 against 152064 in one model family): no text holds them, and
     where one side lacks them a forward KL would be infinite.
     """
     sizes = {
         "student": student.get_output_embeddings().weight.shape[0],
-        "teacher": teacher.get_output_embeddings().weight.shape[0],
-        "tokenizer": len(tokenizer),
     }
+    if teacher is not None:
+        sizes["teacher"] = teacher.get_output_embeddings().weight.shape[0]
+    if cache is not None:
+        sizes["cache"] = cache.spec.vocab_size
+    sizes["tokenizer"] = len(tokenizer)
     size = min(sizes.values())
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in sizes.items())
@@ -128,17 +147,26 @@ def compared_vocabulary(student: Any, teacher: Any, tokenizer: Any) -> int:
     return size
 
 
-def make_objectives(args: DistillationConfig, vocab_size: int) -> ObjectiveSchedule:
-    """The main objective and, if configured, the one of the warm-up."""
+def make_objectives(args: DistillationConfig, vocab_size: int, tail: str) -> ObjectiveSchedule:
+    """The main objective and, if configured, the one of the warm-up; `tail` is that of compressed teacher logits."""
     main = DivergenceObjective(
-        args.divergence, args.alpha, args.beta, args.temperature, ce_weight=args.ce_weight, vocab_size=vocab_size
-    )
+        args.divergence, args.alpha, args.beta, args.temperature, ce_weight=args.ce_weight, vocab_size=vocab_size,
+        tail=tail,
+    )  # fmt: skip
     warmup: Objective | None = None
     if args.warmup_objective == "sft":
         warmup = CrossEntropyObjective()
     elif args.warmup_objective == "forward_kl":
-        warmup = DivergenceObjective("forward_kl", vocab_size=vocab_size)
+        warmup = DivergenceObjective("forward_kl", vocab_size=vocab_size, tail=tail)
     return ObjectiveSchedule(main, warmup, args.warmup_objective_steps)
+
+
+def sum_over_processes(accelerator: Any, mine: Mapping[str, float]) -> dict[str, float]:
+    """Numbers of this process, each summed over all; every process calls it, with the same names."""
+    if not mine:
+        return {}
+    values = torch.tensor([list(mine.values())], dtype=torch.float64, device=accelerator.device)
+    return dict(zip(mine, accelerator.gather(values).sum(dim=0).tolist(), strict=True))
 
 
 def replay_capacity(args: DistillationConfig) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillm_ext.containers import TeacherHead
+from distillm_ext.compression import capture_from_hidden, compress_logits
+from distillm_ext.containers import CompressedLogits, TeacherHead
+from distillm_ext.teacher.settings import CompressionSettings
 from distillm_ext.training.heads import LogitReader, TokenBatch
 
 TEACHER_DTYPES: dict[str, torch.dtype | None] = {
@@ -67,3 +69,27 @@ class ModelTeacher:
             return reader.logits(batch)
         head, transform = reader.head, reader.transform
         return TeacherHead(reader.hidden(batch), head.weight, head.bias, transform.softcap, transform.scale)
+
+    @torch.no_grad()
+    def compressed(
+        self, batch: TokenBatch, settings: CompressionSettings, targets: Tensor | None, position: Tensor | None
+    ) -> CompressedLogits:
+        """What `settings` keep of the logits at the batch's positions; where the head allows, no logits are formed.
+
+        Args:
+            batch: tokens and positions.
+            settings: the compression.
+            targets: [R], the labels whose log-probability is kept, or None.
+            position: [R] int64, needed by method "sample".
+        """
+        options: dict[str, Any] = dict(
+            method=settings.method, temperatures=settings.temperatures, labels=targets, seed=settings.seed,
+            position=position,
+        )  # fmt: skip
+        rows, size = self.rows(batch), settings.vocab_size
+        if isinstance(rows, Tensor):
+            return compress_logits(rows[:, :size], settings.k, **options)
+        bias = None if rows.bias is None else rows.bias[:size]
+        return capture_from_hidden(
+            rows.hidden, rows.weight[:size], settings.k, bias=bias, softcap=rows.softcap, scale=rows.scale, **options
+        )

@@ -13,7 +13,7 @@ One optimizer step:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -23,38 +23,41 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from distillm_ext.generation import Engine
-from distillm_ext.training import setup
+from distillm_ext.training import setup, teaching_setup
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.heads import Rows, TokenBatch
-from distillm_ext.training.meters import Meters
 from distillm_ext.training.objectives import LossParts, cross_entropy
 from distillm_ext.training.philox import Stream, uniform
-from distillm_ext.training.policies import Decision, Source, StepContext, make_policy
-from distillm_ext.training.resumable import ResumableTrainer
-from distillm_ext.training.schedule import SCHEDULES
+from distillm_ext.training.policies import Decision, Source, StepContext
+from distillm_ext.training.run_state import RunState
 from distillm_ext.training.student import StudentForward
 from distillm_ext.training.teacher import ModelTeacher
 from distillm_ext.training.validation import TokenWeightedEvaluation
 
 logger = logging.getLogger(__name__)
+# Sequences that a later step meets again; replayed ones are kept with the buffer.
+_COMES_AGAIN = (Source.DATA, Source.TEACHER)
 _COLUMNS = ["input_ids", "loss_mask", "prompt_length", "row"]
 
 
-class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
+class DistillationTrainer(TokenWeightedEvaluation, RunState):
     """Trains a student to follow a teacher.
 
     Args:
         model: the student, a causal LM of transformers (or a PEFT model around one).
-        teacher: a causal LM of transformers. It is frozen and put into evaluation mode in place.
+        teacher: a causal LM of transformers. It is frozen and put into evaluation mode in place. Or a cache of its
+            output (`distillm capture`), as a path or a `TeacherCache`: then no teacher is loaded, and the policy must
+            be "dataset".
         args: a `DistillationConfig`.
         train_dataset: rows with `prompt`/`completion` or `messages`, or token rows of `prepare_dataset`.
         eval_dataset: the same; needed by the policy "adaptive_off_policy".
         processing_class: the tokenizer, shared by student and teacher.
+        teacher_cache: a cache beside a teacher model: rows that it holds meet no teacher, all others the model.
         lm_dataset: plain text (`text` or `input_ids`) for the additional language-modelling loss, in place of the file
             that `args.lm_dataset` names.
-        generation_engine: generates responses; None is the decode loop of `distillm_ext.generation` on the
-            student itself. An engine with a copy of the weights gets the newest before each generation.
+        generation_engine: generates the student's responses; None is the decode loop of `distillm_ext.generation` on
+            the student itself. An engine with a copy of the weights gets the newest before each generation.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Logged with every loss: `loss`, `loss_divergence`, `loss_ce`, `loss_lm` (means per optimizer step), `phi`,
@@ -62,6 +65,8 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
     (all processes), `tokens_per_second` (all processes), `time_generation` / `time_teacher` / `time_student` /
     `time_loss` / `time_other` (shares of the time, evaluation and checkpoints left out; where the loss is fused with
     the heads, their products count as loss). `state.log_history` also has `batch_source`, the source of the last step.
+    With compressed teacher logits also `teacher_rows` and `reused_rows` (rows whose teacher output was computed, and
+    taken from store or cache, since the last log), `reuse_memory_mib` and `reuse_disk_mib` (all processes).
     Evaluation reports `eval_loss` (next-token cross-entropy on the ground truth, nats per token) and `eval_divergence`
     (KL(teacher ‖ student)), both weighted by token.
 
@@ -83,17 +88,19 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
     def __init__(
         self,
         model: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | teaching_setup.CacheLike | None,
         args: DistillationConfig,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
+        teacher_cache: teaching_setup.CacheLike | None = None,
         lm_dataset: Dataset | None = None,
         generation_engine: Engine | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        teacher, teacher_cache = teaching_setup.split_teacher(teacher, teacher_cache)
         setup.check_arguments(model, teacher, args, processing_class)
         setup.check_processes(args)
         tokenizer: Any = processing_class
@@ -108,69 +115,24 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.teacher = ModelTeacher(teacher, device=args.device, dtype=args.teacher_dtype)
+        self.teacher = None if teacher is None else ModelTeacher(teacher, device=args.device, dtype=args.teacher_dtype)
+        self.teacher_cache = teaching_setup.open_cache(teacher_cache, model=self.teacher, tokenizer=tokenizer)
         self.student = StudentForward(self.accelerator.unwrap_model(self.model), self.accelerator.autocast)
-        self._verify_heads()
-        self.vocab_size = setup.compared_vocabulary(self.student.model, teacher, tokenizer)
-        self.objectives = setup.make_objectives(args, self.vocab_size)
+        dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        setup.verify_heads(dataset, self.teacher, self.student)
+        self.vocab_size = setup.compared_vocabulary(self.student.model, teacher, self.teacher_cache, tokenizer)
+        self.compression = teaching_setup.compression(args, self.teacher_cache, self.vocab_size)
+        if self.teacher is None and self.teacher_cache is not None:
+            teaching_setup.check_cache_alone(args, self.teacher_cache, self.train_dataset, self.eval_dataset)
+        self.tail = teaching_setup.compressed_tail(args, self.compression)
+        self.objectives = setup.make_objectives(args, self.vocab_size, self.tail)
         blocks = setup.load_plain_text(args, lm_dataset, tokenizer)
         self.generation_engine = generation_engine
         self.plain_text = setup.make_plain_text(args, blocks, self.data_collator)
         self.reset_extra_state()
 
-    def _verify_heads(self) -> None:
-        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        if isinstance(dataset, Dataset):
-            probe = dataset[0]["input_ids"][:16]
-            self.teacher.verify(probe)
-            # A student that is still to be materialised cannot run yet; its split is trusted.
-            if not any(parameter.is_meta for parameter in self.student.model.parameters()):
-                self.student.reader.verify(probe, "student")
-
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = _COLUMNS
-
-    # ---- state in checkpoints
-
-    def reset_extra_state(self) -> None:
-        """A fresh policy, an empty buffer, no stored responses, nothing counted."""
-        args = self.args
-        schedule = SCHEDULES[args.schedule](args.sgo_initial, args.sgo_increment, args.sgo_threshold, args.replay_ratio)
-        self.policy = make_policy(args.policy, mixed_fraction=args.mixed_fraction, schedule=schedule)
-        self.rollouts = setup.make_rollouts(
-            args,
-            collator=self.data_collator,
-            tokenizer=self.processing_class,
-            student=lambda: self.accelerator.unwrap_model(self.model_wrapped),
-            teacher=self.teacher.model,
-            vocab_size=self.vocab_size,
-            autocast=self.accelerator.autocast,
-            train_dataset=self.train_dataset,
-            engine=self.generation_engine,
-        )
-        self._meters = Meters(args.device)
-
-    def extra_state(self) -> dict[str, Any]:
-        """φ and its reference loss; the epoch of stored responses."""
-        return {
-            "policy": self.args.policy,
-            "policy_state": self.policy.state_dict(),
-            "store_epoch": self.rollouts.store.epoch,
-        }
-
-    def extra_tensors(self) -> dict[str, Tensor]:
-        """Replay buffer and stored responses of this process."""
-        return self.rollouts.pack()
-
-    def load_extra_state(self, state: Mapping[str, Any], tensors: list[dict[str, Tensor]]) -> None:
-        """Restores both. A run that goes on under another policy starts that policy anew."""
-        if state["policy"] != self.args.policy:
-            logger.warning("checkpoint of policy %r: %r starts anew", state["policy"], self.args.policy)
-            return
-        self.policy.load_state_dict(state["policy_state"])
-        self.rollouts.unpack(
-            tensors, store_epoch=state["store_epoch"], rank=self.args.process_index, world=self.args.world_size
-        )
 
     # ---- one optimizer step
 
@@ -179,6 +141,7 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
     ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of one optimizer step, from the source the policy chose, and their targets on all ranks."""
         self._meters.begin()
+        self.teaching.settle()
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
             return [], None
@@ -187,6 +150,10 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
         with self._meters.clock.section("generation"):
             # state.epoch is a float that rounding may have left just below the next epoch.
             batches = self.rollouts.realise(decision, batches, step=step, epoch=int(self.state.epoch + 1e-6))
+        self.teaching.begin_step(decision.source.value, batches, reusable=decision.source in _COMES_AGAIN)
+        if decision.store:
+            with self._meters.clock.section("teacher"):
+                self.teaching.adopt(self.rollouts.buffer.sequences())
         texts = self.plain_text.step(step, len(batches)) if self.plain_text is not None else []
         targets = [sum(len(batch["targets"]) for batch in part) for part in (batches, texts)]
         counts = torch.tensor(targets, device=device)
@@ -239,7 +206,7 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
         teacher = None
         if objective.needs_teacher:
             with clock.section("teacher"):
-                teacher = self.teacher.rows(batch)
+                teacher = self.teaching.targets(inputs)
         found = LossParts(torch.zeros(()))
 
         def consume(rows: list[Rows]) -> Tensor:
@@ -287,10 +254,12 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss parts, φ, sources, sizes, speed and time shares to every log of the training loss."""
         if "loss" not in logs or not self.is_in_train:
-            return super().log(logs, start_time)
+            held = setup.sum_over_processes(self.accelerator, self.teaching.sizes()) if "train_runtime" in logs else {}
+            return super().log({**logs, **held}, start_time)
         report = self._meters.report(
             lambda values: self.accelerator.gather(values.unsqueeze(0)), len(self.rollouts.buffer)
         )
+        report |= setup.sum_over_processes(self.accelerator, {**self.teaching.counters(), **self.teaching.sizes()})
         super().log({**logs, **report, **self.policy.metrics()}, start_time)
         # Text is for the history alone: TensorBoard takes numbers only.
         newest: dict[str, Any] = self.state.log_history[-1]

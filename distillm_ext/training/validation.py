@@ -18,45 +18,59 @@ from transformers.trainer_utils import EvalLoopOutput
 from distillm_ext.containers import LinearHead
 from distillm_ext.functional import distillation_loss
 from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
-from distillm_ext.training.heads import Rows, TokenBatch, head_logits
+from distillm_ext.training.heads import Rows, Targets, TokenBatch, head_logits
 from distillm_ext.training.student import StudentForward
-from distillm_ext.training.teacher import ModelTeacher
+from distillm_ext.training.teaching import DenseTeaching
 
 
-def token_losses(student: Rows, teacher: Rows, targets: Tensor, vocab_size: int | None) -> tuple[Tensor, Tensor]:
-    """[R] student's cross-entropy over its whole vocabulary, [R] KL(teacher ‖ student) over `vocab_size` entries."""
+def token_losses(
+    student: Rows, teacher: Targets, targets: Tensor, vocab_size: int | None, tail: str = "bucket"
+) -> tuple[Tensor, Tensor]:
+    """[R] student's cross-entropy over its whole vocabulary, [R] KL(teacher ‖ student) over `vocab_size` entries.
+
+    Of compressed teacher logits the divergence is the one that `tail` names; with a bucket it is a lower bound.
+    """
     if not isinstance(student, LinearHead):
         teacher = (head_logits(teacher) if isinstance(teacher, LinearHead) else teacher).to(student.device)
         divergence = distillation_loss(
-            student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size
-        )
+            student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size,
+            tail=tail,
+        )  # fmt: skip
         return functional.cross_entropy(student.float(), targets, reduction="none"), divergence
-    if isinstance(teacher, Tensor):
+    if not isinstance(teacher, LinearHead):
         teacher = teacher.to(student.hidden.device)
     whole = vocab_size in (None, student.weight.shape[0])
     divergence, ce, _ = linear_distillation_parts(
-        student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size, need_ce=whole
-    )
+        student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size, need_ce=whole,
+        tail=tail,
+    )  # fmt: skip
     return ce if whole else linear_cross_entropy_loss(student, targets, reduction="none"), divergence
 
 
 def row_sums(
-    student: Rows, teacher: Rows, targets: Tensor, rows: Tensor, num_rows: int, vocab_size: int | None
+    student: Rows,
+    teacher: Targets,
+    targets: Tensor,
+    rows: Tensor,
+    num_rows: int,
+    vocab_size: int | None,
+    tail: str = "bucket",
 ) -> Tensor:
     """Sums per row over its targets.
 
     Args:
         student: [R, V] logits, or the head that makes them.
-        teacher: [R, V_teacher] logits, or the head that makes them.
+        teacher: [R, V_teacher] logits, the head that makes them, or what is kept of them.
         targets: [R] int64.
         rows: [R] int64, the batch row each target belongs to.
         num_rows: B.
         vocab_size: entries of both vocabularies that the divergence compares.
+        tail: of compressed teacher logits.
 
     Returns:
         [B, 3] float32: cross-entropy of the student, KL(teacher ‖ student), number of targets.
     """
-    ce, divergence = token_losses(student, teacher, targets, vocab_size)
+    ce, divergence = token_losses(student, teacher, targets, vocab_size, tail)
     values = torch.stack([ce, divergence.to(ce), torch.ones_like(ce)], dim=1)
     return torch.zeros(num_rows, 3, dtype=ce.dtype, device=ce.device).index_add_(0, rows, values)
 
@@ -89,12 +103,13 @@ class ValidationTotals:
 class TokenWeightedEvaluation(Trainer):
     """A trainer whose evaluation reports cross-entropy and divergence by token; no predictions are kept.
 
-    The class it is mixed into has `teacher`, `vocab_size`, and `student`, a `StudentForward`.
+    The class it is mixed into has `teaching`, `vocab_size`, `tail`, and `student`, a `StudentForward`.
     """
 
     student: StudentForward
-    teacher: ModelTeacher
+    teaching: DenseTeaching
     vocab_size: int
+    tail: str
 
     def evaluation_loop(
         self,
@@ -123,10 +138,10 @@ class TokenWeightedEvaluation(Trainer):
     def _validate(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         batch = TokenBatch.from_inputs(inputs)
         num_rows, length = inputs["input_ids"].shape
-        teacher = self.teacher.rows(batch)
+        teacher = self.teaching.evaluation_targets(inputs)
 
         def consume(students: list[Rows]) -> Tensor:
             rows = batch.positions // length
-            return row_sums(students[0], teacher, inputs["targets"], rows, num_rows, self.vocab_size)
+            return row_sums(students[0], teacher, inputs["targets"], rows, num_rows, self.vocab_size, self.tail)
 
         return self.student(model, [batch], consume, fused=True)

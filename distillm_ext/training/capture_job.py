@@ -1,0 +1,215 @@
+"""`distillm capture` from settings to a finished cache: teacher, rows, processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+
+from distillm_ext.teacher import (
+    CacheSpec,
+    CacheWriter,
+    fingerprint_dataset,
+    fingerprint_model,
+    fingerprint_tokenizer,
+    finish_cache,
+)
+from distillm_ext.teacher.capture import CaptureCount, capture_rows
+from distillm_ext.teacher.manifest import MANIFEST, Manifest
+from distillm_ext.teacher.settings import CompressionSettings
+from distillm_ext.training.collators import DistillationCollator, move_batch
+from distillm_ext.training.data import prepare_dataset
+from distillm_ext.training.models import load_teacher, load_tokenizer
+from distillm_ext.training.rows import load_rows
+from distillm_ext.training.settings import DatasetSettings
+from distillm_ext.training.teacher import ModelTeacher
+from distillm_ext.training.teaching import compute_records
+
+# A process that is done waits for the others, however long they take.
+_PATIENCE = datetime.timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """What to capture.
+
+    Attributes:
+        teacher: folder, hub name, .gguf file, or the mapping of a settings file.
+        dataset: where the rows come from; validation rows are captured too where they are named.
+        out: folder of the cache.
+        k, method, codec, temperatures, seed: the compression, see `distillm_ext.compress_logits` and `pack`.
+        max_prompt_length, max_length: as in the run that will read the cache.
+        batch_size: rows a teacher forward.
+        dtype: of the teacher.
+        rows: take the first N rows of the training split; 0 takes all.
+        shard_mib: size of a shard.
+        flush_seconds: the longest time whose work a kill can lose.
+    """
+
+    teacher: str | dict[str, Any]
+    dataset: DatasetSettings
+    out: Path
+    k: int = 64
+    method: str = "topk"
+    codec: str = "q8"
+    temperatures: tuple[float, ...] = (1.0,)
+    seed: int = 0
+    max_prompt_length: int = 256
+    max_length: int = 512
+    batch_size: int = 8
+    dtype: str = "float32"
+    rows: int = 0
+    shard_mib: int = 64
+    flush_seconds: float = 300.0
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a launcher (torchrun, accelerate launch), or alone."""
+
+    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
+    world_size: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+    local_rank: int = field(default_factory=lambda: int(os.environ.get("LOCAL_RANK", "0")))
+
+    def start(self) -> None:
+        """Joins the others. They only wait for each other, so gloo serves every device."""
+        if self.world_size > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def capture(
+    settings: CaptureSettings,
+    *,
+    processes: Processes,
+    progress: Callable[[CaptureCount, int], None] | None = None,
+) -> CaptureCount:
+    """Captures a data set's teacher logits into a cache; every process of a launcher calls it.
+
+    Args:
+        settings: what to capture.
+        processes: this process among the others.
+        progress: called after each batch with what this process has done, and the rows of its share.
+
+    Returns:
+        What this process did. The cache is finished when the function returns on the first process.
+
+    Raises:
+        CacheMismatch: the folder holds a cache that was made otherwise.
+        FileNotFoundError, ValueError: settings, rows or models that cannot be used.
+    """
+    processes.start()
+    tokenizer = load_tokenizer(settings.teacher)
+    rows = token_rows(settings, tokenizer)
+    teacher = ModelTeacher(load_teacher(settings.teacher, settings.dtype), device=processes.device)
+    teacher.verify(rows[0]["input_ids"][:16])
+    spec = cache_spec(settings, teacher.model, tokenizer, rows)
+    check_seed(settings)
+    compress = TeacherRecords(teacher, CompressionSettings.of_cache(spec), tokenizer)
+    share = len(range(processes.rank, len(rows), processes.world_size))
+    with CacheWriter(settings.out, spec, rank=processes.rank, shard_bytes=settings.shard_mib << 20) as writer:
+        processes.wait()  # all have seen what was there before anyone adds to it
+        count = capture_rows(
+            rows, writer, compress, batch_size=settings.batch_size, rank=processes.rank,
+            world_size=processes.world_size, flush_seconds=settings.flush_seconds,
+            progress=None if progress is None else lambda done: progress(done, share),
+        )  # fmt: skip
+    processes.wait()
+    if processes.rank == 0:
+        finish_cache(settings.out, spec)
+    processes.wait()
+    return count
+
+
+def token_rows(settings: CaptureSettings, tokenizer: Any) -> Dataset:
+    """Training rows and, where they are named, validation rows, tokenised as the trainer does."""
+    source = settings.dataset
+    splits = [(source.train, source.train_split)]
+    if source.eval is not None or source.eval_split is not None:
+        splits.append((source.eval or source.train, source.eval_split or "train"))
+    prepared: list[Dataset] = []
+    for name, split in splits:
+        rows = load_rows(name, split=split, subset=source.subset, columns=source.columns)
+        if settings.rows and not prepared:
+            rows = rows.select(range(min(settings.rows, len(rows))))
+        prepared.append(
+            prepare_dataset(
+                rows,
+                tokenizer,
+                max_prompt_length=settings.max_prompt_length,
+                max_length=settings.max_length,
+                source=Path(name).name,
+            )  # fmt: skip
+        )
+    rows = concatenate_datasets(prepared)
+    if len(rows) == 0:
+        raise ValueError(f"dataset: {source.train} has no row with a response; there is nothing to capture")
+    return rows
+
+
+def cache_spec(settings: CaptureSettings, teacher: Any, tokenizer: Any, rows: Dataset) -> CacheSpec:
+    """The cache's settings. Of the teacher's vocabulary only entries that the tokenizer can name are looked at."""
+    return CacheSpec(
+        vocab_size=min(teacher.get_output_embeddings().weight.shape[0], len(tokenizer)),
+        k=settings.k,
+        method=settings.method,
+        codec=settings.codec,
+        temperatures=settings.temperatures,
+        teacher=fingerprint_model(teacher),
+        tokenizer=fingerprint_tokenizer(tokenizer),
+        dataset=fingerprint_dataset(rows),
+        details={
+            "teacher": settings.teacher,
+            "dataset": dataclasses.asdict(settings.dataset),
+            "seed": settings.seed,
+            "max_prompt_length": settings.max_prompt_length,
+            "max_length": settings.max_length,
+            "dtype": str(next(teacher.parameters()).dtype).removeprefix("torch."),
+        },
+    )
+
+
+def check_seed(settings: CaptureSettings) -> None:
+    """Refuses to go on with other draws than those a folder was begun with.
+
+    Raises:
+        ValueError: another seed.
+    """
+    begun = [settings.out / MANIFEST, *sorted(settings.out.glob("shard-*.json"))]
+    file = next((file for file in begun if file.is_file()), None)
+    if settings.method != "sample" or file is None:
+        return
+    seed = Manifest.read(file).spec.details.get("seed")
+    if seed != settings.seed:
+        raise ValueError(f"seed: {settings.out} was begun with seed {seed}; expected the same, got {settings.seed}")
+
+
+class TeacherRecords:
+    """Rows of tokens → packed records of their targets, on the host."""
+
+    def __init__(self, teacher: ModelTeacher, settings: CompressionSettings, tokenizer: Any) -> None:
+        self.teacher = teacher
+        self.settings = settings
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.collator = DistillationCollator(pad if pad is not None else 0)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        features = [{**row, "row": number} for number, row in enumerate(rows)]
+        inputs = move_batch(self.collator(features), self.teacher.device)
+        return compute_records(self.teacher, self.settings, inputs, range(len(rows))).cpu().numpy()
