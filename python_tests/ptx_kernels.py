@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import ptxsim
-from ptxsim.module import MAX_SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = Path(__file__).resolve().parent / "kernels"
@@ -30,6 +31,9 @@ FUNCTORS = {
     "alpha_beta": "AlphaBeta",
     "token_adaptive": "TokenAdaptive",
 }
+# Shared memory in KB: most of a block and all of a multiprocessor's; 1 of the latter is reserved per block.
+SHARED_KILOBYTES = {80: (163, 164), 86: (99, 100), 89: (99, 100), 90: (227, 228), 100: (227, 228), 120: (99, 100)}
+CLUSTER_ARCHITECTURES = (90, 100)  # where a launch is modelled with clusters; the launcher asks the device
 # Published defaults of alpha and beta, where they are not (0.1, unused).
 HYPER_PARAMETERS = {"symmetric_kl": (0.1, 0.9), "generalized_js": (0.1, 0.5), "alpha_beta": (0.2, 0.7)}
 
@@ -75,7 +79,9 @@ class DivergenceCase:
     detach_mixture: bool = False
     need_gradient: bool = True
     in_place: bool = False
-    staged_chunks: int | None = None  # per row; None: all of them
+    staged_turns: int | None = None  # of each thread; None: all of them
+    kept_turns: int | None = None  # of those; None: all of them
+    gradient_vocab: int | None = None  # entries of a gradient row; None: the student's
 
     def __post_init__(self) -> None:
         alpha, beta = HYPER_PARAMETERS.get(self.divergence, (0.1, 0.0))
@@ -86,17 +92,25 @@ class DivergenceCase:
     def chunk_entries(self) -> int:
         return 16 // self.student.itemsize if self.student.dtype == self.teacher.dtype else 4
 
-    @property
-    def slot_bytes(self) -> int:
-        teacher_bytes = self.teacher.itemsize if self.student.dtype == self.teacher.dtype else 4
-        return self.chunk_entries * (self.student.itemsize + teacher_bytes)
+    slot_bytes = 32  # shared memory per thread and staged turn
 
-    def staging(self) -> int:
-        """Chunks of a row kept in shared memory."""
-        if self.staged_chunks is not None:
-            return self.staged_chunks
+    @property
+    def kept_bytes(self) -> int:
+        """More of it in a kept turn."""
+        return 4 * self.chunk_entries - 16
+
+    @property
+    def chunks(self) -> int:
+        """The most that a row is cut into."""
         vocab = max(self.student.shape[1], self.teacher.shape[1])
         return (vocab + 2 * self.chunk_entries - 2) // self.chunk_entries
+
+    def turns(self, cluster: int, threads: int) -> tuple[int, int]:
+        """Staged and kept turns of each thread."""
+        most = -(-self.chunks // (cluster * threads))
+        staged = most if self.staged_turns is None else min(self.staged_turns, most)
+        kept = staged if self.kept_turns is None else min(self.kept_turns, staged)
+        return staged, kept if self.need_gradient else 0
 
 
 @dataclass
@@ -117,15 +131,23 @@ def _storage(array: np.ndarray) -> np.ndarray:
     return root.reshape(-1)[first : first + (rows - 1) * (array.strides[0] // array.itemsize) + columns]
 
 
+def _layout(array: np.ndarray | None) -> tuple[np.int64, np.int64, np.int64]:
+    """struct RowLayout of csrc/math/row_layout.h for rows one stride apart."""
+    stride = 0 if array is None else array.strides[0] // array.itemsize
+    return np.int64(2**63 - 1), np.int64(0), np.int64(stride)
+
+
 def launch_divergence(
     case: DivergenceCase,
     arch: str = "sm_90",
     threads: int = 64,
+    cluster: int = 1,
     module: ptxsim.Simulator | None = None,
     **options: Any,
 ) -> DivergenceResult:
     """Runs the kernel; `options` go to Simulator.launch."""
     rows, vocab = case.student.shape
+    staged, kept = case.turns(cluster, threads)
     student, teacher = _storage(case.student), _storage(case.teacher)
     loss = np.full(rows, 7, np.float32)
     gradient = None
@@ -134,35 +156,63 @@ def launch_divergence(
     target = _storage(gradient) if case.need_gradient else None
     if case.in_place:
         target = student
+    gradient_vocab = vocab if case.gradient_vocab is None else case.gradient_vocab
     arguments = ptxsim.Struct(
-        student, teacher,
-        np.int64(case.student.strides[0] // case.student.itemsize),
-        np.int64(case.teacher.strides[0] // case.teacher.itemsize),
-        np.int32(vocab), np.int32(case.teacher.shape[1]), np.int32(TYPE_NUMBERS[type_name(case.teacher)]),
-        np.int32(case.staging()),
-        case.labels, case.weight, case.alpha_rows, case.cap, loss, target, np.int64(case.ignore_index),
+        student, teacher, target,
+        *_layout(case.student), *_layout(case.teacher), *_layout(case.student if case.in_place else gradient),
+        np.int32(vocab), np.int32(case.teacher.shape[1]), np.int32(gradient_vocab),
+        np.int32(TYPE_NUMBERS[type_name(case.teacher)]), np.int32(staged), np.int32(kept),
+        case.labels, case.weight, case.alpha_rows, case.cap, loss, np.int64(case.ignore_index),
         np.float32(case.alpha), np.float32(case.beta), np.float32(1 / case.temperature), np.float32(case.ce_weight),
         np.int32(case.detach_mixture),
     )  # fmt: skip
     module = module or divergence_module(arch, case.divergence, case.student, case.teacher)
     counters = module.launch(
-        "divergence_kernel", rows, threads, [arguments],
-        shared_bytes=case.staging() * case.slot_bytes,
+        "divergence_kernel", rows * cluster, threads, [arguments], cluster=(cluster, 1, 1),
+        shared_bytes=threads * (staged * case.slot_bytes + kept * case.kept_bytes),
         readonly=[teacher] if case.in_place else [student, teacher],
         **options,
     )  # fmt: skip
     return DivergenceResult(loss, gradient, counters)
 
 
-def launch_shape(case: DivergenceCase, arch: str) -> tuple[int, int]:
-    """Staged chunks and threads per block as csrc/cuda/divergence.cu chooses them on a device of this architecture."""
+@dataclass(frozen=True)
+class Plan:
+    """struct DivergencePlan of csrc/cuda/divergence_plan.h."""
+
+    cluster: int
+    threads: int
+    staged_turns: int
+    kept_turns: int
+
+
+@cache
+def _planner() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/plan.so"
+        command = [os.environ.get("CXX", "g++"), "-std=c++17", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+        subprocess.run([*command, str(KERNELS / "plan.cpp"), "-o", library], check=True)
+        return ctypes.CDLL(library).plan
+
+
+def plan_launch(case: DivergenceCase, arch: str, clusters: bool = True) -> Plan:
+    """What csrc/cuda/divergence.cu chooses on a device of this architecture."""
     module = divergence_module(arch, case.divergence, case.student, case.teacher)
-    room = MAX_SHARED[int(arch.removeprefix("sm_"))] * 1024 - module.kernel_info("divergence_kernel")["static_shared"]
-    chunks = case.staging()
-    staged = min(chunks, room // case.slot_bytes)
-    kilobytes = staged * case.slot_bytes / 1024
-    filling = 1024 if kilobytes > 72 else 512 if kilobytes > 36 else 256
-    return staged, min(filling, -(-chunks // 32) * 32)
+    number = int(arch.removeprefix("sm_"))
+    block, multiprocessor = (1024 * kilobytes for kilobytes in SHARED_KILOBYTES[number])
+    static = module.kernel_info("divergence_kernel")["static_shared"]
+    largest = 8 if clusters and number in CLUSTER_ARCHITECTURES else 1
+    shape = (ctypes.c_int64 * 5)(case.chunks, case.slot_bytes, case.kept_bytes, case.need_gradient, static)
+    device, out = (ctypes.c_int64 * 4)(block, multiprocessor, 1024, largest), (ctypes.c_int64 * 4)()
+    _planner()(shape, device, out)
+    return Plan(*out)
+
+
+def launch_planned(case: DivergenceCase, arch: str, clusters: bool = True, **options: Any) -> DivergenceResult:
+    """Runs the kernel as the extension would launch it."""
+    plan = plan_launch(case, arch, clusters)
+    case = replace(case, staged_turns=plan.staged_turns, kept_turns=plan.kept_turns)
+    return launch_divergence(case, arch, plan.threads, plan.cluster, **options)
 
 
 @dataclass

@@ -1,7 +1,9 @@
-// `divergence` on CUDA: chooses the kernel of this divergence and pair of dtypes and launches one block per row.
+// `divergence` on CUDA: chooses the kernel of this divergence and pair of dtypes and launches one cluster of blocks per
+// row.
 #include <algorithm>
 
 #include "divergence.cuh"
+#include "divergence_plan.h"
 #include "launch.h"
 
 namespace distillm {
@@ -9,13 +11,13 @@ namespace {
 
 struct DivergenceKernel {
   void (*function)(DivergenceArguments) = nullptr;
-  int slot_bytes = 0, chunk_entries = 0;
+  int slot_bytes = 0, kept_bytes = 0, chunk_entries = 0;
 };
 
 template <class Functor, class Student, class Teacher>
 DivergenceKernel instantiated() {
   using Rows = RowPair<Student, Teacher>;
-  return {divergence_kernel<Functor, Student, Teacher>, Rows::kSlotBytes, Rows::N};
+  return {divergence_kernel<Functor, Student, Teacher>, Rows::kSlotBytes, Rows::kKeptBytes, Rows::N};
 }
 
 template <class Functor, class Student>
@@ -41,36 +43,37 @@ DivergenceKernel kernel_for(const DivergenceCall& call) {
   return {};
 }
 
-// Rows share a multiprocessor as their staging allows; the threads of those blocks together should fill it.
-int threads_per_block(int64_t shared_bytes, int64_t chunks) {
-  const int64_t filling = shared_bytes > 72 * 1024 ? kMaxBlockThreads : shared_bytes > 36 * 1024 ? 512 : 256;
-  const int64_t useful = (chunks + kWarp - 1) / kWarp * kWarp;
-  return static_cast<int>(std::max<int64_t>(kWarp, std::min(filling, useful)));
+DivergenceShape shape_of(const DivergenceKernel& kernel, const DivergenceCall& call, int64_t vocab) {
+  return {most_chunks(static_cast<int>(vocab), kernel.chunk_entries), kernel.slot_bytes, kernel.kept_bytes,
+          call.gradient != nullptr, static_cast<int64_t>(sizeof(Scratch))};
 }
 
-// As much of a row pair as the shared memory of a block holds beside the kernel's own.
-int64_t staged_chunks(const DivergenceKernel& kernel, int64_t chunks, const DeviceScope& device) {
-  const int64_t room =
-      device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(sizeof(Scratch));
-  return std::min(chunks, room / kernel.slot_bytes);
+DeviceLimits limits_of(const DeviceScope& device) {
+  return {device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock),
+          device.attribute(cudaDevAttrClusterLaunch) ? kMaxCluster : 1};
 }
 
-DivergenceArguments arguments_of(const DivergenceCall& call, int64_t staged) {
+DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePlan& plan) {
   const DivergenceOptions& options = call.options;
   return {call.student,
           call.teacher,
-          call.student_rows.row_stride,
-          call.teacher_rows.row_stride,
+          call.gradient,
+          call.student_rows,
+          call.teacher_rows,
+          call.gradient_rows,
           static_cast<int32_t>(call.student_vocab),
           static_cast<int32_t>(call.teacher_vocab),
+          static_cast<int32_t>(call.gradient_vocab),
           element_type(call.teacher_type),
-          static_cast<int32_t>(staged),
+          static_cast<int32_t>(plan.staged_turns),
+          static_cast<int32_t>(plan.kept_turns),
           call.labels,
           static_cast<const float*>(call.weight),
           static_cast<const float*>(call.alpha),
           static_cast<const float*>(call.cap),
           static_cast<float*>(call.loss),
-          call.gradient,
           options.ignore_index,
           static_cast<float>(options.alpha),
           static_cast<float>(options.beta),
@@ -79,32 +82,53 @@ DivergenceArguments arguments_of(const DivergenceCall& call, int64_t staged) {
           options.detach_mixture};
 }
 
+// The launch configuration of a plan. The attribute lives here since the configuration points to it.
+class Launch {
+ public:
+  Launch(const DivergencePlan& plan, int64_t rows, int64_t dynamic_bytes, cudaStream_t stream) {
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+    config_.gridDim = dim3(static_cast<unsigned>(rows * plan.cluster));
+    config_.blockDim = dim3(static_cast<unsigned>(plan.threads));
+    config_.dynamicSmemBytes = static_cast<size_t>(dynamic_bytes);
+    config_.stream = stream;
+    config_.attrs = &cluster_;
+    config_.numAttrs = plan.cluster > 1 ? 1 : 0;
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+  const cudaLaunchConfig_t* config() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute cluster_ = {};
+  cudaLaunchConfig_t config_ = {};
+};
+
+// Whether the device can hold a cluster of this plan at all: a part of it (MIG) may have too few multiprocessors.
+bool fits(const DivergenceKernel& kernel, const Launch& launch) {
+  int clusters = 0;
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel.function, launch.config()));
+  return clusters > 0;
+}
+
 void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const DeviceScope& device) {
   const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
-  check_grid(call.rows, vocab);
-  const int64_t chunks = most_chunks(static_cast<int>(vocab), kernel.chunk_entries);
-  const int64_t staged = staged_chunks(kernel, chunks, device);
-  const size_t shared_bytes = staged * kernel.slot_bytes;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared_bytes)));
-  const int threads = threads_per_block(shared_bytes, chunks);
-  const dim3 grid(static_cast<unsigned>(call.rows));
-  kernel.function<<<grid, threads, shared_bytes, device.stream()>>>(arguments_of(call, staged));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const DivergenceShape shape = shape_of(kernel, call, vocab);
+  for (DeviceLimits limits = limits_of(device);; limits.cluster /= 2) {
+    const DivergencePlan plan = plan_divergence(shape, limits);
+    const int64_t shared_bytes = plan.dynamic_bytes(shape);
+    check_grid(call.rows * plan.cluster, vocab);
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+    const Launch launch(plan, call.rows, shared_bytes, device.stream());
+    if (plan.cluster > 1 && !fits(kernel, launch)) continue;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments_of(call, plan)));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
+  }
 }
 
-// What the kernel does not do yet.
-void check_supported(const DivergenceCall& call, bool need_metrics) {
-  STD_TORCH_CHECK(!need_metrics, "return_metrics has no CUDA kernel yet");
-  STD_TORCH_CHECK(call.student_rows.is_uniform() && call.teacher_rows.is_uniform(),
-                  "student and teacher must have one stride from row to row on CUDA");
-  STD_TORCH_CHECK(!call.gradient || (call.gradient_vocab == call.student_vocab && call.gradient_rows.is_uniform() &&
-                                     (call.rows <= 1 || call.gradient_rows.row_stride == call.student_vocab)),
-                  "the gradient must be contiguous on CUDA, without entries beyond vocab_size");
-}
-
-void run(const DivergenceTensors& t, const DeviceScope& device, bool need_metrics) {
-  check_supported(t.call, need_metrics);
+void run(const DivergenceTensors& t, const DeviceScope& device) {
   const DivergenceKernel kernel = kernel_for(t.call);
   STD_TORCH_CHECK(kernel.function, "divergence '", t.call.options.divergence, "' has no CUDA kernel");
   if (t.call.rows > 0) launch(kernel, t.call, device);
@@ -121,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> divergence(const Tensor& student, const Tenso
       student, teacher, labels, weight, alpha_rows, cap,
       {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
       need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere, need_metrics);
-  run(t, device, need_metrics);
+  run(t, device);
   return {t.loss, t.gradient, t.metrics};
 }
 
@@ -135,7 +159,7 @@ std::tuple<Tensor, Tensor> divergence_(Tensor student, const Tensor& teacher, co
       student, teacher, labels, weight, alpha_rows, cap,
       {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
       GradientTo::kStudent, need_metrics);
-  run(t, device, need_metrics);
+  run(t, device);
   return {t.loss, t.metrics};
 }
 
