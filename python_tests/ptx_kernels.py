@@ -30,12 +30,20 @@ FUNCTORS = {
     "total_variation": "TotalVariation",
     "alpha_beta": "AlphaBeta",
     "token_adaptive": "TokenAdaptive",
+    "adaptive_kl": "AdaptiveKl",
+    "interpolated": "Interpolated",
 }
 # Shared memory in KB: most of a block and all of a multiprocessor's; 1 of the latter is reserved per block.
 SHARED_KILOBYTES = {80: (163, 164), 86: (99, 100), 89: (99, 100), 90: (227, 228), 100: (227, 228), 120: (99, 100)}
 CLUSTER_ARCHITECTURES = (90, 100)  # where a launch is modelled with clusters; the launcher asks the device
-# Published defaults of alpha and beta, where they are not (0.1, unused).
-HYPER_PARAMETERS = {"symmetric_kl": (0.1, 0.9), "generalized_js": (0.1, 0.5), "alpha_beta": (0.2, 0.7)}
+# Published defaults of alpha and beta, where they are not (0.1, unused); interpolated has none.
+HYPER_PARAMETERS = {
+    "symmetric_kl": (0.1, 0.9),
+    "generalized_js": (0.1, 0.5),
+    "alpha_beta": (0.2, 0.7),
+    "adaptive_kl": (0.5, 0.0),
+    "interpolated": (0.4, 0.0),
+}
 
 
 def type_name(array: np.ndarray) -> str:
@@ -78,10 +86,11 @@ class DivergenceCase:
     ignore_index: int = -100
     detach_mixture: bool = False
     need_gradient: bool = True
+    need_metrics: bool = False
     in_place: bool = False
     staged_turns: int | None = None  # of each thread; None: all of them
     kept_turns: int | None = None  # of those; None: all of them
-    gradient_vocab: int | None = None  # entries of a gradient row; None: the student's
+    vocab_size: int | None = None  # entries of both sides to use; None: all
 
     def __post_init__(self) -> None:
         alpha, beta = HYPER_PARAMETERS.get(self.divergence, (0.1, 0.0))
@@ -117,10 +126,11 @@ class DivergenceCase:
 class DivergenceResult:
     loss: np.ndarray
     gradient: np.ndarray | None
+    metrics: np.ndarray | None
     counters: ptxsim.Counters
 
 
-def _storage(array: np.ndarray) -> np.ndarray:
+def storage(array: np.ndarray) -> np.ndarray:
     """The memory from a view's first to its last entry, as a flat view of the array that the view was made from: ptxsim
     then gives it the same alignment."""
     root = array
@@ -131,7 +141,7 @@ def _storage(array: np.ndarray) -> np.ndarray:
     return root.reshape(-1)[first : first + (rows - 1) * (array.strides[0] // array.itemsize) + columns]
 
 
-def _layout(array: np.ndarray | None) -> tuple[np.int64, np.int64, np.int64]:
+def layout(array: np.ndarray | None) -> tuple[np.int64, np.int64, np.int64]:
     """struct RowLayout of csrc/math/row_layout.h for rows one stride apart."""
     stride = 0 if array is None else array.strides[0] // array.itemsize
     return np.int64(2**63 - 1), np.int64(0), np.int64(stride)
@@ -146,23 +156,25 @@ def launch_divergence(
     **options: Any,
 ) -> DivergenceResult:
     """Runs the kernel; `options` go to Simulator.launch."""
-    rows, vocab = case.student.shape
+    rows, columns = case.student.shape
+    vocab = columns if case.vocab_size is None else case.vocab_size
+    teacher_vocab = case.teacher.shape[1] if case.vocab_size is None else case.vocab_size
     staged, kept = case.turns(cluster, threads)
-    student, teacher = _storage(case.student), _storage(case.teacher)
+    student, teacher = storage(case.student), storage(case.teacher)
     loss = np.full(rows, 7, np.float32)
     gradient = None
     if case.need_gradient:
-        gradient = case.student if case.in_place else np.full((rows, vocab), 7, case.student.dtype)
-    target = _storage(gradient) if case.need_gradient else None
+        gradient = case.student if case.in_place else np.full((rows, columns), 7, case.student.dtype)
+    metrics = np.full((rows, 3), 7, np.float32) if case.need_metrics else None
+    target = storage(gradient) if case.need_gradient else None
     if case.in_place:
         target = student
-    gradient_vocab = vocab if case.gradient_vocab is None else case.gradient_vocab
     arguments = ptxsim.Struct(
         student, teacher, target,
-        *_layout(case.student), *_layout(case.teacher), *_layout(case.student if case.in_place else gradient),
-        np.int32(vocab), np.int32(case.teacher.shape[1]), np.int32(gradient_vocab),
+        *layout(case.student), *layout(case.teacher), *layout(case.student if case.in_place else gradient),
+        np.int32(vocab), np.int32(teacher_vocab), np.int32(columns),
         np.int32(TYPE_NUMBERS[type_name(case.teacher)]), np.int32(staged), np.int32(kept),
-        case.labels, case.weight, case.alpha_rows, case.cap, loss, np.int64(case.ignore_index),
+        case.labels, case.weight, case.alpha_rows, case.cap, loss, metrics, np.int64(case.ignore_index),
         np.float32(case.alpha), np.float32(case.beta), np.float32(1 / case.temperature), np.float32(case.ce_weight),
         np.int32(case.detach_mixture),
     )  # fmt: skip
@@ -173,7 +185,7 @@ def launch_divergence(
         readonly=[teacher] if case.in_place else [student, teacher],
         **options,
     )  # fmt: skip
-    return DivergenceResult(loss, gradient, counters)
+    return DivergenceResult(loss, gradient, metrics, counters)
 
 
 @dataclass(frozen=True)

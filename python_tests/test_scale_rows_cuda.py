@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
+import ptxsim
 import pytest
-from ptx_kernels import compiled, type_name
+from ptx_kernels import compiled, layout, storage, type_name
 
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 
@@ -14,7 +15,7 @@ def scale_rows(gradient: np.ndarray, scale: np.ndarray, arch: str = "sm_90", see
     rows, vocab = gradient.shape
     module = compiled("scale_rows.cu", arch)
     kernel = f"scale_rows_kernel<distillm::generic::{type_name(gradient)}>" if gradient.itemsize == 2 else "<float>"
-    arguments = [gradient.reshape(-1), scale, np.int32(vocab)]
+    arguments = [storage(gradient), ptxsim.Struct(*layout(gradient)), scale, np.int32(vocab)]
     return module.launch(kernel, rows, threads, arguments, seed=seed, readonly=[scale])
 
 
@@ -29,6 +30,12 @@ def test_product(arch, dtype, offset):
         expected = (gradient.astype(np.float32) * scale[:, None]).astype(dtype)
         scale_rows(gradient, scale, arch, seed)
         np.testing.assert_array_equal(gradient.astype(np.float32), expected.astype(np.float32))
+
+
+def test_rows_of_a_view():
+    wide = np.ones((4, 40), np.float32)
+    scale_rows(wide[:, 3:36], np.array([2, 1, 3, 0], np.float32))
+    assert (wide[:, 3:36] == [[2], [1], [3], [0]]).all() and (wide[:, :3] == 1).all() and (wide[:, 36:] == 1).all()
 
 
 def test_not_a_number_spreads_over_its_row_alone():

@@ -12,26 +12,28 @@ namespace {
 struct DivergenceKernel {
   void (*function)(DivergenceArguments) = nullptr;
   int slot_bytes = 0, kept_bytes = 0, chunk_entries = 0;
+  int64_t static_bytes = 0;
 };
 
-template <class Functor, class Student, class Teacher>
+template <class Member, class Student, class Teacher>
 DivergenceKernel instantiated() {
   using Rows = RowPair<Student, Teacher>;
-  return {divergence_kernel<Functor, Student, Teacher>, Rows::kSlotBytes, Rows::kKeptBytes, Rows::N};
+  return {divergence_kernel<Member, Student, Teacher>, Rows::kSlotBytes, Rows::kKeptBytes, Rows::N,
+          static_cast<int64_t>(sizeof(MemberScratch<Member>))};
 }
 
-template <class Functor, class Student>
+template <class Member, class Student>
 DivergenceKernel kernel_for_teacher(const DivergenceCall& call) {
-  return call.student_type == call.teacher_type ? instantiated<Functor, Student, Student>()
-                                                : instantiated<Functor, Student, AnyElement>();
+  return call.student_type == call.teacher_type ? instantiated<Member, Student, Student>()
+                                                : instantiated<Member, Student, AnyElement>();
 }
 
-template <class Functor>
+template <class Member>
 DivergenceKernel kernel_for_pair(const DivergenceCall& call) {
   switch (element_type(call.student_type)) {
-    case ElementType::kBFloat16: return kernel_for_teacher<Functor, BFloat16>(call);
-    case ElementType::kHalf: return kernel_for_teacher<Functor, Half>(call);
-    default: return kernel_for_teacher<Functor, float>(call);
+    case ElementType::kBFloat16: return kernel_for_teacher<Member, BFloat16>(call);
+    case ElementType::kHalf: return kernel_for_teacher<Member, Half>(call);
+    default: return kernel_for_teacher<Member, float>(call);
   }
 }
 
@@ -40,19 +42,27 @@ DivergenceKernel kernel_for(const DivergenceCall& call) {
   if (call.options.divergence == public_name) return kernel_for_pair<Functor<float>>(call);
   DISTILLM_FOR_EACH_DIVERGENCE(DISTILLM_MATCH)
 #undef DISTILLM_MATCH
+  if (call.options.divergence == "interpolated") return kernel_for_pair<Interpolated<float>>(call);
+  if (call.options.divergence == "adaptive_kl") return kernel_for_pair<AdaptiveKl<float>>(call);
   return {};
 }
 
 DivergenceShape shape_of(const DivergenceKernel& kernel, const DivergenceCall& call, int64_t vocab) {
   return {most_chunks(static_cast<int>(vocab), kernel.chunk_entries), kernel.slot_bytes, kernel.kept_bytes,
-          call.gradient != nullptr, static_cast<int64_t>(sizeof(Scratch))};
+          call.gradient != nullptr, kernel.static_bytes};
 }
 
-DeviceLimits limits_of(const DeviceScope& device) {
+// Clusters need a device that has them and code compiled for one: PTX of an older architecture knows of none.
+int64_t most_blocks_of_cluster(const DivergenceKernel& kernel, const DeviceScope& device) {
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
+  return device.attribute(cudaDevAttrClusterLaunch) && attributes.ptxVersion >= 90 ? kMaxCluster : 1;
+}
+
+DeviceLimits limits_of(const DivergenceKernel& kernel, const DeviceScope& device) {
   return {device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock),
-          device.attribute(cudaDevAttrClusterLaunch) ? kMaxCluster : 1};
+          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock), most_blocks_of_cluster(kernel, device)};
 }
 
 DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePlan& plan) {
@@ -74,6 +84,7 @@ DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePla
           static_cast<const float*>(call.alpha),
           static_cast<const float*>(call.cap),
           static_cast<float*>(call.loss),
+          static_cast<float*>(call.metrics),
           options.ignore_index,
           static_cast<float>(options.alpha),
           static_cast<float>(options.beta),
@@ -114,7 +125,7 @@ bool fits(const DivergenceKernel& kernel, const Launch& launch) {
 void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const DeviceScope& device) {
   const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
   const DivergenceShape shape = shape_of(kernel, call, vocab);
-  for (DeviceLimits limits = limits_of(device);; limits.cluster /= 2) {
+  for (DeviceLimits limits = limits_of(kernel, device);; limits.cluster /= 2) {
     const DivergencePlan plan = plan_divergence(shape, limits);
     const int64_t shared_bytes = plan.dynamic_bytes(shape);
     check_grid(call.rows * plan.cluster, vocab);

@@ -11,7 +11,8 @@
 // once more in each of the two later passes.
 #pragma once
 
-#include "divergence_row.cuh"
+#include "divergence_members.cuh"
+#include "row_metrics.cuh"
 
 namespace distillm {
 
@@ -20,6 +21,13 @@ constexpr int kMaxBlockThreads = kMaxBlockWarps * kWarp;
 struct Scratch {
   Partials<AddExponentials> student, teacher, unit;
   Partials<Add> value, g;
+  MetricsScratch metrics;
+};
+
+// All static shared memory of a block.
+template <class Member>
+struct MemberScratch : Scratch {
+  typename MemberOfRow<Member>::Scratch member;
 };
 
 template <class Student, class Teacher>
@@ -62,15 +70,17 @@ __device__ RowSoftmaxes row_softmaxes(const RowPair<Student, Teacher>& rows, con
   return {q, p, Softmax::of(scratch.unit.total(unscaled, rows.cluster), unscaled.scale), legal};
 }
 
-// Keeps G of the entries where there is room.
-template <class Functor, class Student, class Teacher>
-__device__ Term<float> row_sums(const RowPair<Student, Teacher>& rows, const EntryTerms<Functor>& terms,
-                                Scratch& scratch) {
+// Keeps G of the entries where there is room; the metrics come along.
+template <class Terms, class Student, class Teacher>
+__device__ Term<float> row_sums(const RowPair<Student, Teacher>& rows, const Terms& terms,
+                                const RowSoftmaxes& softmaxes, float* metrics_of_row, Scratch& scratch) {
   constexpr int N = RowPair<Student, Teacher>::N;
   Term<float> sum{0, 0};
+  RowMetrics metrics = RowMetrics::of(softmaxes);
   rows.visit(max(rows.student.vocab, rows.teacher.vocab), [&](Place place) {
     float student_logits[N], teacher_logits[N], g[N];
     rows.logits(place, student_logits, teacher_logits);
+    if (metrics_of_row) metrics.add(rows.first_entry(place.position), student_logits, teacher_logits);
     terms.chunk(student_logits, teacher_logits, sum.value, g);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum.g += g[i];
@@ -78,18 +88,21 @@ __device__ Term<float> row_sums(const RowPair<Student, Teacher>& rows, const Ent
   });
   scratch.value.publish({}, sum.value);
   scratch.g.publish({}, sum.g);
+  if (metrics_of_row) metrics.publish(scratch.metrics);
   __syncthreads();
   if (threadIdx.x < kWarp) {
     scratch.value.share({}, rows.cluster);
     scratch.g.share({}, rows.cluster);
+    if (metrics_of_row) RowMetrics::share(scratch.metrics, rows.cluster);
   }
   rows.cluster.synchronize();
+  if (metrics_of_row) RowMetrics::write(scratch.metrics, rows.cluster, metrics_of_row);
   return {scratch.value.total({}, rows.cluster), scratch.g.total({}, rows.cluster)};
 }
 
 // constant: G counts as 0, and may be infinite.
-template <class Functor, class Student, class Teacher>
-__device__ void write_gradient(const RowPair<Student, Teacher>& rows, const EntryTerms<Functor>& terms,
+template <class Terms, class Student, class Teacher>
+__device__ void write_gradient(const RowPair<Student, Teacher>& rows, const Terms& terms,
                                const GradientTerms& gradient_terms, bool constant, Student* gradient) {
   constexpr int N = RowPair<Student, Teacher>::N;
   const int vocab = rows.student.vocab, kept = constant ? 0 : rows.kept;
@@ -119,7 +132,8 @@ __device__ void write_gradient(const RowPair<Student, Teacher>& rows, const Entr
 template <class Student, int N>
 struct RowOutput {
   float* loss;
-  Student* gradient;  // null when not asked for
+  float* metrics;  // null when not asked for, like the next
+  Student* gradient;
   int vocab, gradient_vocab, phase;
   Cluster cluster;
 
@@ -131,8 +145,12 @@ struct RowOutput {
       Packing<Student>::store(gradient + v, 0.0f);
     }
   }
+  // A row without a divergence: 0 or NaN in everything.
   __device__ void fill(float value) const {
     write_loss(value);
+    if (metrics && cluster.thread() == 0) {
+      for (int i = 0; i < kMetrics; ++i) metrics[i] = value;
+    }
     if (!gradient) return;
     float out[N];
 #pragma unroll
@@ -145,13 +163,12 @@ struct RowOutput {
 };
 
 // The second and third pass.
-template <class Functor, class Student, class Teacher, class Output>
+template <class Terms, class Student, class Teacher, class Output>
 __device__ void finish_row(const RowPair<Student, Teacher>& rows, const DivergenceArguments& a, const RowInputs& in,
-                           const RowSoftmaxes& softmaxes, Functor functor, Scratch& scratch, const Output& output) {
+                           const RowSoftmaxes& softmaxes, const Terms& terms, Scratch& scratch, const Output& output) {
   // After row_sums the gradient may overwrite the label's logit.
   const float label_logit = a.ce_weight != 0 ? rows.student.entry(static_cast<int>(in.label)) : 0.0f;
-  const EntryTerms<Functor> terms{softmaxes.q, softmaxes.p, functor};
-  const Term<float> sum = row_sums(rows, terms, scratch);
+  const Term<float> sum = row_sums(rows, terms, softmaxes, output.metrics, scratch);
   const float cross_entropy = -softmaxes.unit.log2_probability(label_logit) * static_cast<float>(kLn2);
   const RowLoss loss = RowLoss::of(a, in, sum.value, cross_entropy);
   if (loss.value != loss.value) return output.fill(loss.value);
@@ -162,34 +179,13 @@ __device__ void finish_row(const RowPair<Student, Teacher>& rows, const Divergen
   output.clear_beyond_vocab();
 }
 
-// Calls use(functor) with the functor of a row's parameters: a choice that is the same for a whole row is made once.
-template <class Functor>
-struct FunctorOfRow {
-  template <class Use>
-  __device__ static void choose(const RowParameters<float>& row, Use use) {
-    use(Functor(row));
-  }
-};
-
-template <class Functor, class AtZero>
-struct FunctorOfRow<OrAtZero<Functor, AtZero, float>> {
-  template <class Use>
-  __device__ static void choose(const RowParameters<float>& row, Use use) {
-    if (row.alpha == 0) {
-      use(AtZero(row));
-    } else {
-      use(Functor(row));
-    }
-  }
-};
-
-// Functor: of math/divergence.h. Teacher: the type of Student, or AnyElement for another one.
+// Member: of divergence_members.cuh. Teacher: the type of Student, or AnyElement for another one.
 // Blocks of whole warps, in clusters of a power of two; grid.x = rows * blocks of a cluster; dynamic shared memory of
 // (staged_turns * RowPair::kSlotBytes + kept_turns * RowPair::kKeptBytes) * threads of a block.
-template <class Functor, class Student, class Teacher>
+template <class Member, class Student, class Teacher>
 __global__ void __launch_bounds__(kMaxBlockThreads, 1) divergence_kernel(const DivergenceArguments a) {
   using Rows = RowPair<Student, Teacher>;
-  __shared__ Scratch scratch;
+  __shared__ MemberScratch<Member> scratch;
   extern __shared__ float4 slots[];
   const Cluster cluster = Cluster::current();
   const int64_t row = blockIdx.x / cluster.size;
@@ -197,18 +193,24 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) divergence_kernel(const D
   const typename Rows::StudentRow student(a.student, a.student_rows.offset(row), a.student_vocab, ElementType{});
   const typename Rows::TeacherRow teacher(a.teacher, a.teacher_rows.offset(row), a.teacher_vocab, a.teacher_type);
   const int phase = phase_of<Student, Rows::N>(gradient ? gradient : student.row);
-  const RowOutput<Student, Rows::N> output{a.loss + row, gradient, a.student_vocab, a.gradient_vocab, phase, cluster};
+  float* metrics = a.metrics ? a.metrics + row * kMetrics : nullptr;
+  const RowOutput<Student, Rows::N> output{a.loss + row,     metrics, gradient, a.student_vocab,
+                                           a.gradient_vocab, phase,   cluster};
 
   const RowInputs in = RowInputs::of(a, row);
   const bool skipped = in.skipped(a);
-  if (skipped || !in.legal<Functor>(a)) return output.fill(skipped ? 0.0f : CUDART_NAN_F);
-
+  if (skipped || !in.legal(a) || !MemberOfRow<Member>::legal(in.parameters)) {
+    return output.fill(skipped ? 0.0f : CUDART_NAN_F);
+  }
   cluster.announce_start();
   const Rows rows(student, teacher, cluster, phase, slots, a.staged_turns, a.kept_turns);
   const RowSoftmaxes softmaxes = row_softmaxes(rows, a, scratch);
   if (!softmaxes.legal) return output.fill(CUDART_NAN_F);
-  FunctorOfRow<Functor>::choose(in.parameters,
-                                [&](auto functor) { finish_row(rows, a, in, softmaxes, functor, scratch, output); });
+  MemberOfRow<Member>::finish(
+      rows, softmaxes, in.parameters, scratch.member, [&](auto functor, auto teacher_logits, const Softmax& p) {
+        const EntryTerms<decltype(functor), decltype(teacher_logits)> terms{softmaxes.q, p, functor, teacher_logits};
+        finish_row(rows, a, in, softmaxes, terms, scratch, output);
+      });
 }
 
 }  // namespace distillm

@@ -25,6 +25,7 @@ struct DivergenceArguments {
   const float* alpha_rows;
   const float* cap;
   float* loss;
+  float* metrics;  // [rows, 3], null when not asked for
   int64_t ignore_index;
   float alpha, beta, inverse_temperature, ce_weight;
   int32_t detach_mixture;
@@ -61,10 +62,9 @@ struct RowInputs {
   __device__ bool skipped(const DivergenceArguments& a) const {
     return weight == 0 || (a.labels && label == a.ignore_index);
   }
-  template <class Functor>
   __device__ bool legal(const DivergenceArguments& a) const {
     const bool label_legal = a.ce_weight == 0 || (label >= 0 && label < a.student_vocab);
-    return weight == weight && cap == cap && label_legal && Functor::legal(parameters);
+    return weight == weight && cap == cap && label_legal;
   }
 };
 
@@ -78,14 +78,16 @@ struct RowSoftmaxes {
 // reciprocal are then normal numbers.
 constexpr float kSmallestDivisor = 2.168404344971009e-19f;  // 2^-62
 
-// The logits of entries -> their Entry -> the divergence's Term.
-template <class Functor>
+// The logits of entries -> their Entry -> the divergence's Term. TeacherLogits: of divergence_members.cuh.
+template <class Functor, class TeacherLogits>
 struct EntryTerms {
-  Softmax q, p;
+  Softmax q, p;  // p: of the teacher's logits as TeacherLogits has them
   Functor functor;
+  TeacherLogits teacher;
 
   __device__ Entry<float> entry(float student_logit, float teacher_logit) const {
-    const float log2_q = q.log2_probability(student_logit), log2_p = p.log2_probability(teacher_logit);
+    const float log2_q = q.log2_probability(student_logit);
+    const float log2_p = p.log2_probability(teacher.logit(student_logit, teacher_logit));
     return {log2_p, log2_q, exp2_fast(log2_p), exp2_fast(log2_q)};
   }
 

@@ -9,15 +9,14 @@ namespace {
 template <class T>
 void launch(Tensor& gradient, const Tensor& scale, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(rows_of(gradient)));
-  scale_rows_kernel<T><<<grid, kScaleRowsThreads, 0, stream>>>(static_cast<T*>(gradient.data_ptr()),
-                                                               static_cast<const float*>(scale.data_ptr()),
-                                                               static_cast<int32_t>(vocab_of(gradient)));
+  scale_rows_kernel<T><<<grid, kScaleRowsThreads, 0, stream>>>(
+      static_cast<T*>(gradient.data_ptr()), layout_of(gradient), static_cast<const float*>(scale.data_ptr()),
+      static_cast<int32_t>(vocab_of(gradient)));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void scale_rows_(Tensor gradient, const Tensor& scale) {
   check_scale_rows(gradient, scale);
-  STD_TORCH_CHECK(gradient.is_contiguous(), "gradient must be contiguous on CUDA");
   check_grid(rows_of(gradient), vocab_of(gradient));
   if (gradient.numel() == 0) return;
   const DeviceScope device(gradient);

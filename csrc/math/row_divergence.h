@@ -13,6 +13,8 @@
 namespace distillm {
 inline namespace DISTILLM_ISA {
 
+constexpr int kMetrics = 3;  // of a row: teacher entropy, student entropy, top-1 agreement
+
 template <class Real>
 constexpr Real kMinusInfinity = -std::numeric_limits<Real>::infinity();
 

@@ -26,6 +26,7 @@
 #include <string>
 #include <tuple>
 
+#include "../math/row_divergence.h"
 #include "../math/row_layout.h"
 
 namespace distillm {
@@ -44,8 +45,6 @@ struct DivergenceOptions {
   bool detach_mixture;
   int64_t vocab_size;
 };
-
-constexpr int64_t kMetrics = 3;  // teacher entropy, student entropy, top-1 agreement
 
 // Everything a kernel reads and writes. Null pointers stand for absent optional tensors.
 struct DivergenceCall {

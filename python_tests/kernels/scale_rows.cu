@@ -3,6 +3,6 @@
 
 using namespace distillm;
 
-template __global__ void distillm::scale_rows_kernel<float>(float*, const float*, int32_t);
-template __global__ void distillm::scale_rows_kernel<BFloat16>(BFloat16*, const float*, int32_t);
-template __global__ void distillm::scale_rows_kernel<Half>(Half*, const float*, int32_t);
+template __global__ void distillm::scale_rows_kernel<float>(float*, RowLayout, const float*, int32_t);
+template __global__ void distillm::scale_rows_kernel<BFloat16>(BFloat16*, RowLayout, const float*, int32_t);
+template __global__ void distillm::scale_rows_kernel<Half>(Half*, RowLayout, const float*, int32_t);

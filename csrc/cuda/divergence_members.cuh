@@ -1,0 +1,114 @@
+// What each member of the family does between the softmax statistics of a row and its last two passes.
+//
+// A member is a functor of math/divergence.h, or one of the two tags here. MemberOfRow<Member> has
+//   Scratch      shared memory of its own
+//   legal(row)   whether the hyper-parameters of the row are in range
+//   finish(...)  calls use(functor, the teacher's logits as the functor wants them, the softmax of those)
+#pragma once
+
+#include "row_head.cuh"
+
+namespace distillm {
+
+struct NoScratch {};
+
+// The teacher's logits are what they are.
+struct OwnTeacher {
+  __device__ float logit(float, float teacher) const { return teacher; }
+};
+
+// Student's and teacher's logits blended, each less the logarithm of its own sum of exponentials.
+struct BlendedTeacher {
+  float student_shift, teacher_shift, t;
+
+  __device__ float logit(float student, float teacher) const {
+    return blended_logit(student - student_shift, teacher - teacher_shift, t);
+  }
+};
+
+template <class Functor>
+struct MemberOfRow {
+  using Scratch = NoScratch;
+
+  __device__ static bool legal(const RowParameters<float>& row) { return Functor::legal(row); }
+  template <class Rows, class Use>
+  __device__ static void finish(const Rows&, const RowSoftmaxes& softmaxes, const RowParameters<float>& row, Scratch&,
+                                Use use) {
+    use(Functor(row), OwnTeacher{}, softmaxes.p);
+  }
+};
+
+// A choice that is the same for a whole row is made once.
+template <class Functor, class AtZero>
+struct MemberOfRow<OrAtZero<Functor, AtZero, float>> {
+  using Scratch = NoScratch;
+
+  __device__ static bool legal(const RowParameters<float>& row) { return Functor::legal(row); }
+  template <class Rows, class Use>
+  __device__ static void finish(const Rows&, const RowSoftmaxes& softmaxes, const RowParameters<float>& row, Scratch&,
+                                Use use) {
+    if (row.alpha == 0) {
+      use(AtZero(row), OwnTeacher{}, softmaxes.p);
+    } else {
+      use(Functor(row), OwnTeacher{}, softmaxes.p);
+    }
+  }
+};
+
+// interpolated: forward KL from the blended row, whose softmax takes a visit of its own.
+template <class Real>
+struct Interpolated {};
+
+template <>
+struct MemberOfRow<Interpolated<float>> {
+  using Scratch = Partials<AddExponentials>;
+
+  __device__ static bool legal(const RowParameters<float>& row) { return in_unit_interval(row.alpha); }
+  template <class Rows, class Use>
+  __device__ static void finish(const Rows& rows, const RowSoftmaxes& softmaxes, const RowParameters<float>& row,
+                                Scratch& scratch, Use use) {
+    constexpr int N = Rows::N;
+    const BlendedTeacher blend{softmaxes.q.reference, softmaxes.p.reference, row.alpha};
+    const AddExponentials scaled{softmaxes.q.scale};
+    ShiftedSum sum = ShiftedSum::from(0.0f);
+    rows.visit(max(rows.student.vocab, rows.teacher.vocab), [&](Place place) {
+      float student_logits[N], teacher_logits[N];
+      rows.logits(place, student_logits, teacher_logits);
+#pragma unroll
+      for (int i = 0; i < N; ++i) teacher_logits[i] = blend.logit(student_logits[i], teacher_logits[i]);
+      sum.add(teacher_logits, scaled.scale);
+    });
+    scratch.publish(scaled, sum);
+    __syncthreads();
+    if (threadIdx.x < kWarp) scratch.share(scaled, rows.cluster);
+    rows.cluster.synchronize();
+    sum = scratch.total(scaled, rows.cluster);
+    use(ForwardKl<float>(row), blend, Softmax::of(sum, scaled.scale));
+  }
+};
+
+// adaptive_kl: the share of each direction comes from the teacher's head. A direction without a share is left out: it
+// may be infinite.
+template <class Real>
+struct AdaptiveKl {};
+
+template <>
+struct MemberOfRow<AdaptiveKl<float>> {
+  using Scratch = HeadScratch;
+
+  __device__ static bool legal(const RowParameters<float>& row) { return in_unit_interval(row.alpha); }
+  template <class Student, class Teacher, class Use>
+  __device__ static void finish(const RowPair<Student, Teacher>& rows, const RowSoftmaxes& softmaxes,
+                                RowParameters<float> row, Scratch& scratch, Use use) {
+    row.beta = HeadSelection<Student, Teacher>{rows, softmaxes, scratch}.share(row.alpha);
+    if (row.beta == 0) {
+      use(ForwardKl<float>(row), OwnTeacher{}, softmaxes.p);
+    } else if (row.beta == 1) {
+      use(ReverseKl<float>(row), OwnTeacher{}, softmaxes.p);
+    } else {
+      use(SymmetricKl<float>(row), OwnTeacher{}, softmaxes.p);
+    }
+  }
+};
+
+}  // namespace distillm
