@@ -70,7 +70,7 @@ def test_independent_of_the_schedule(rng):
         np.testing.assert_array_equal(results[0].gradient, other.gradient)
 
 
-def _without(text: str, pattern: str, which: int) -> str:
+def without(text: str, pattern: str, which: int) -> str:
     found = [match.span() for match in re.finditer(pattern, text, re.DOTALL)]
     start, end = found[which]
     return text[:start] + text[end:]
@@ -86,7 +86,7 @@ def test_race_check_sees_a_missing_barrier(pattern, which, tmp_path: Path, rng):
     """The kernel without one of its barriers is caught: the silence of the other tests means something."""
     case = DivergenceCase(logits(rng, 1, 515, F32), logits(rng, 1, 515, F32), "forward_kl")
     text = Path(divergence_module("sm_90", "forward_kl", case.student, case.teacher).path).read_text()
-    (tmp_path / "racy.ptx").write_text(_without(text, pattern, which))
+    (tmp_path / "racy.ptx").write_text(without(text, pattern, which))
     module = ptxsim.load_ptx(tmp_path / "racy.ptx")
     with pytest.raises(ptxsim.KernelError, match="race|exited"):
         for seed in range(4):
