@@ -2,50 +2,12 @@
 // row.
 #include <algorithm>
 
-#include "divergence.cuh"
+#include "divergence_kernels.cuh"
 #include "divergence_plan.h"
 #include "launch.h"
 
 namespace distillm {
 namespace {
-
-struct DivergenceKernel {
-  void (*function)(DivergenceArguments) = nullptr;
-  int slot_bytes = 0, kept_bytes = 0, chunk_entries = 0;
-  int64_t static_bytes = 0;
-};
-
-template <class Member, class Student, class Teacher>
-DivergenceKernel instantiated() {
-  using Rows = RowPair<Student, Teacher>;
-  return {divergence_kernel<Member, Student, Teacher>, Rows::kSlotBytes, Rows::kKeptBytes, Rows::N,
-          static_cast<int64_t>(sizeof(MemberScratch<Member>))};
-}
-
-template <class Member, class Student>
-DivergenceKernel kernel_for_teacher(const DivergenceCall& call) {
-  return call.student_type == call.teacher_type ? instantiated<Member, Student, Student>()
-                                                : instantiated<Member, Student, AnyElement>();
-}
-
-template <class Member>
-DivergenceKernel kernel_for_pair(const DivergenceCall& call) {
-  switch (element_type(call.student_type)) {
-    case ElementType::kBFloat16: return kernel_for_teacher<Member, BFloat16>(call);
-    case ElementType::kHalf: return kernel_for_teacher<Member, Half>(call);
-    default: return kernel_for_teacher<Member, float>(call);
-  }
-}
-
-DivergenceKernel kernel_for(const DivergenceCall& call) {
-#define DISTILLM_MATCH(public_name, Positive, AtZero, Functor) \
-  if (call.options.divergence == public_name) return kernel_for_pair<Functor<float>>(call);
-  DISTILLM_FOR_EACH_DIVERGENCE(DISTILLM_MATCH)
-#undef DISTILLM_MATCH
-  if (call.options.divergence == "interpolated") return kernel_for_pair<Interpolated<float>>(call);
-  if (call.options.divergence == "adaptive_kl") return kernel_for_pair<AdaptiveKl<float>>(call);
-  return {};
-}
 
 DivergenceShape shape_of(const DivergenceKernel& kernel, const DivergenceCall& call, int64_t vocab) {
   return {most_chunks(static_cast<int>(vocab), kernel.chunk_entries), kernel.slot_bytes, kernel.kept_bytes,
@@ -140,7 +102,9 @@ void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const De
 }
 
 void run(const DivergenceTensors& t, const DeviceScope& device) {
-  const DivergenceKernel kernel = kernel_for(t.call);
+  const bool one_type = t.call.student_type == t.call.teacher_type;
+  const DivergenceKernel kernel =
+      one_type ? divergence_kernel_of_one_type(t.call) : divergence_kernel_of_two_types(t.call);
   STD_TORCH_CHECK(kernel.function, "divergence '", t.call.options.divergence, "' has no CUDA kernel");
   if (t.call.rows > 0) launch(kernel, t.call, device);
 }

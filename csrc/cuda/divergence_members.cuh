@@ -38,23 +38,6 @@ struct MemberOfRow {
   }
 };
 
-// A choice that is the same for a whole row is made once.
-template <class Functor, class AtZero>
-struct MemberOfRow<OrAtZero<Functor, AtZero, float>> {
-  using Scratch = NoScratch;
-
-  __device__ static bool legal(const RowParameters<float>& row) { return Functor::legal(row); }
-  template <class Rows, class Use>
-  __device__ static void finish(const Rows&, const RowSoftmaxes& softmaxes, const RowParameters<float>& row, Scratch&,
-                                Use use) {
-    if (row.alpha == 0) {
-      use(AtZero(row), OwnTeacher{}, softmaxes.p);
-    } else {
-      use(Functor(row), OwnTeacher{}, softmaxes.p);
-    }
-  }
-};
-
 // interpolated: forward KL from the blended row, whose softmax takes a visit of its own.
 template <class Real>
 struct Interpolated {};
@@ -92,6 +75,30 @@ struct MemberOfRow<Interpolated<float>> {
 template <class Real>
 struct AdaptiveKl {};
 
+struct AdaptiveTerms {
+  float share;
+  ForwardKl<float> forward;
+  ReverseKl<float> reverse;
+  SymmetricKl<float> both;
+
+  __device__ explicit AdaptiveTerms(RowParameters<float> row)
+      : share(row.beta), forward(row), reverse(row), both(row) {}
+};
+
+template <>
+struct FunctorChoice<AdaptiveTerms> {
+  template <class Use>
+  __device__ static void make(const AdaptiveTerms& terms, Use use) {
+    if (terms.share == 0) {
+      use(terms.forward);
+    } else if (terms.share == 1) {
+      use(terms.reverse);
+    } else {
+      use(terms.both);
+    }
+  }
+};
+
 template <>
 struct MemberOfRow<AdaptiveKl<float>> {
   using Scratch = HeadScratch;
@@ -101,13 +108,7 @@ struct MemberOfRow<AdaptiveKl<float>> {
   __device__ static void finish(const RowPair<Student, Teacher>& rows, const RowSoftmaxes& softmaxes,
                                 RowParameters<float> row, Scratch& scratch, Use use) {
     row.beta = HeadSelection<Student, Teacher>{rows, softmaxes, scratch}.share(row.alpha);
-    if (row.beta == 0) {
-      use(ForwardKl<float>(row), OwnTeacher{}, softmaxes.p);
-    } else if (row.beta == 1) {
-      use(ReverseKl<float>(row), OwnTeacher{}, softmaxes.p);
-    } else {
-      use(SymmetricKl<float>(row), OwnTeacher{}, softmaxes.p);
-    }
+    use(AdaptiveTerms(row), OwnTeacher{}, softmaxes.p);
   }
 };
 

@@ -78,6 +78,45 @@ struct RowSoftmaxes {
 // reciprocal are then normal numbers.
 constexpr float kSmallestDivisor = 2.168404344971009e-19f;  // 2^-62
 
+// Calls use(functor) with the functor that a row's parameters choose, if the member leaves that open: a choice that is
+// the same for a whole row is made once per chunk.
+template <class Functor>
+struct FunctorChoice {
+  template <class Use>
+  __device__ static void make(const Functor& functor, Use use) {
+    use(functor);
+  }
+};
+
+template <class Functor, class AtZero>
+struct FunctorChoice<OrAtZero<Functor, AtZero, float>> {
+  template <class Use>
+  __device__ static void make(const OrAtZero<Functor, AtZero, float>& either, Use use) {
+    if (either.alpha == 0) {
+      use(either.at_zero);
+    } else {
+      use(either.functor);
+    }
+  }
+};
+
+// Two entries share a reciprocal: 1/x = y * 1/(xy), 1/y = x * 1/(xy). The special-function units, which make
+// exponentials, logarithms and reciprocals, are a quarter as wide as would balance the arithmetic around them.
+template <class Functor>
+__device__ __forceinline__ void pair_of_terms(const Functor& functor, const Entry<float>& x, const Entry<float>& y,
+                                              Term<float>& x_term, Term<float>& y_term) {
+  if constexpr (Functor::kDivides) {
+    const float x_divisor = functor.divisor(x), y_divisor = functor.divisor(y);
+    const float x_normal = at_least(x_divisor, kSmallestDivisor), y_normal = at_least(y_divisor, kSmallestDivisor);
+    const float inverse = reciprocal_fast(x_normal * y_normal);
+    x_term = functor.term(x, x_divisor, inverse * y_normal);
+    y_term = functor.term(y, y_divisor, inverse * x_normal);
+  } else {
+    x_term = functor(x);
+    y_term = functor(y);
+  }
+}
+
 // The logits of entries -> their Entry -> the divergence's Term. TeacherLogits: of divergence_members.cuh.
 template <class Functor, class TeacherLogits>
 struct EntryTerms {
@@ -91,33 +130,21 @@ struct EntryTerms {
     return {log2_p, log2_q, exp2_fast(log2_p), exp2_fast(log2_q)};
   }
 
-  // Two entries share a reciprocal: 1/x = y * 1/(xy), 1/y = x * 1/(xy). The special-function units, which make
-  // exponentials, logarithms and reciprocals, are a quarter as wide as would balance the arithmetic around them.
-  __device__ void pair(Entry<float> x, Entry<float> y, Term<float>& x_term, Term<float>& y_term) const {
-    if constexpr (Functor::kDivides) {
-      const float x_divisor = functor.divisor(x), y_divisor = functor.divisor(y);
-      const float x_normal = at_least(x_divisor, kSmallestDivisor), y_normal = at_least(y_divisor, kSmallestDivisor);
-      const float inverse = reciprocal_fast(x_normal * y_normal);
-      x_term = functor.term(x, x_divisor, inverse * y_normal);
-      y_term = functor.term(y, y_divisor, inverse * x_normal);
-    } else {
-      x_term = functor(x);
-      y_term = functor(y);
-    }
-  }
-
   // Adds the values of a chunk's terms to `value`; G of every entry.
   template <int N>
   __device__ void chunk(const float (&student_logits)[N], const float (&teacher_logits)[N], float& value,
                         float (&g)[N]) const {
+    FunctorChoice<Functor>::make(functor, [&](const auto& chosen) {
 #pragma unroll
-    for (int i = 0; i < N; i += 2) {
-      Term<float> x, y;
-      pair(entry(student_logits[i], teacher_logits[i]), entry(student_logits[i + 1], teacher_logits[i + 1]), x, y);
-      value += x.value;
-      value += y.value;
-      g[i] = x.g, g[i + 1] = y.g;
-    }
+      for (int i = 0; i < N; i += 2) {
+        Term<float> x, y;
+        pair_of_terms(chosen, entry(student_logits[i], teacher_logits[i]),
+                      entry(student_logits[i + 1], teacher_logits[i + 1]), x, y);
+        value += x.value;
+        value += y.value;
+        g[i] = x.g, g[i + 1] = y.g;
+      }
+    });
   }
 };
 

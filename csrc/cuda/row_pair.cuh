@@ -57,10 +57,10 @@ struct LogitRow {
       : row(settled(static_cast<const T*>(data) + offset)), vocab(vocab) {}
   __device__ bool aligned(int phase) const { return phase_of<T, N>(row) == phase; }
   __device__ Loaded load_inside(int first) const { return load_aligned<T, N>(row + first); }
-  __device__ Loaded load(int first, bool aligned) const {
+  __device__ Loaded load(int first, bool aligned, uint32_t missing = Packing<T>::kMinusInfinity) const {
     if (aligned && first >= 0 && first + N <= vocab) return load_inside(first);
     if (first >= N && first + 2 * N <= vocab) return load_shifted<T, N>(row + first);
-    return load_partial<T, N>(row, vocab, first);
+    return load_partial<T, N>(row, vocab, first, missing);
   }
   __device__ float entry(int v) const {
     float z[4 / sizeof(T)];
@@ -81,31 +81,40 @@ struct LogitRow<AnyElement, N> {
   __device__ LogitRow(const void* data, int64_t offset, int vocab, ElementType type)
       : data(data), offset(offset), vocab(vocab), type(type) {}
 
+  // As a row of float or of 16-bit words, which are told apart only when they are converted: two kinds of loads in the
+  // code instead of three.
   template <class Use>
-  __device__ auto typed(Use use) const {
-    switch (type) {
-      case ElementType::kBFloat16: return use(LogitRow<BFloat16, N>(data, offset, vocab, type));
-      case ElementType::kHalf: return use(LogitRow<Half, N>(data, offset, vocab, type));
-      default: return use(LogitRow<float, N>(data, offset, vocab, type));
-    }
+  __device__ auto sized(Use use) const {
+    return type == ElementType::kFloat ? use(LogitRow<float, N>(data, offset, vocab, type))
+                                       : use(LogitRow<BFloat16, N>(data, offset, vocab, type));
   }
-  template <class T>
-  __device__ static Loaded widened(const Chunk<T, N>& chunk) {
+  __device__ Loaded widened(const Chunk<float, N>& chunk) const { return chunk; }
+  __device__ Loaded widened(const Chunk<BFloat16, N>& chunk) const {
     float z[N];
-    unpack(chunk, z);
+    if (type == ElementType::kHalf) {
+      unpack(bit_cast<Chunk<Half, N>>(chunk), z);
+    } else {
+      unpack(chunk, z);
+    }
     return pack<float, N>(z);
   }
   __device__ bool aligned(int phase) const {
-    return typed([=](auto row) { return row.aligned(phase); });
+    return sized([=](auto row) { return row.aligned(phase); });
   }
   __device__ Loaded load_inside(int first) const {
-    return typed([=](auto row) { return widened(row.load_inside(first)); });
+    return sized([=](auto row) { return widened(row.load_inside(first)); });
   }
   __device__ Loaded load(int first, bool aligned) const {
-    return typed([=](auto row) { return widened(row.load(first, aligned)); });
+    const uint32_t missing = type == ElementType::kFloat  ? Packing<float>::kMinusInfinity
+                             : type == ElementType::kHalf ? Packing<Half>::kMinusInfinity
+                                                          : Packing<BFloat16>::kMinusInfinity;
+    return sized([=](auto row) { return widened(row.load(first, aligned, missing)); });
   }
   __device__ float entry(int v) const {
-    return typed([=](auto row) { return row.entry(v); });
+    if (v >= vocab) return __uint_as_float(Packing<float>::kMinusInfinity);
+    if (type == ElementType::kFloat) return static_cast<const float*>(data)[offset + v];
+    const uint16_t bits = static_cast<const BFloat16*>(data)[offset + v].bits;
+    return type == ElementType::kHalf ? to_real(Half{bits}) : to_real(BFloat16{bits});
   }
 };
 
