@@ -34,9 +34,12 @@ def candidates(divergence: str, student: torch.Tensor, teacher: torch.Tensor) ->
     def formula(logits: torch.Tensor) -> torch.Tensor:
         return baselines.loss(divergence, logits, teacher)
 
+    def ours(logits: torch.Tensor) -> torch.Tensor:
+        return distillation_loss(logits, teacher, divergence=divergence, **baselines.OPTIONS.get(divergence, {}))
+
     compiled = torch.compile(formula)
     return {
-        "ours": with_gradient(student, lambda logits: distillation_loss(logits, teacher, divergence=divergence)),
+        "ours": with_gradient(student, ours),
         "eager": with_gradient(student, formula),
         "compile": with_gradient(student, compiled),
         "add": lambda: torch.add(student.detach(), teacher),
@@ -74,12 +77,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--divergences", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
+    parser.add_argument("--divergences", nargs="+", choices=DIVERGENCES, help="all that the device has")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--skip-cuda-model", action="store_true", help="leave out ptxsim's counters and ptxas")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    on_device = [name for name in DIVERGENCES if options.device == "cpu" or name not in baselines.CPU_ONLY]
+    options.divergences = options.divergences or on_device
+    return options
 
 
 def main(arguments: list[str]) -> None:

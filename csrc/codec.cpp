@@ -1,6 +1,7 @@
 // `distillm_ext._codec`: NumPy codec of packed teacher logits. Links no torch, so that data-loader workers can use it
 // without importing torch.
 //
+// Packed records of compressed logits: codec_records.h. Bare ids:
 // A row of k ids below 2^bits is stored as ceil(k * bits / 8) bytes: id i occupies the bits [i * bits, (i + 1) * bits)
 // of the row, least significant bit first. Rows start on a byte.
 #include <pybind11/numpy.h>
@@ -11,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "codec_records.h"
 #include "math/bitpack.h"
 
 namespace py = pybind11;
@@ -73,4 +75,5 @@ PYBIND11_MODULE(_codec, m) {
   m.def("unpack_ids", &unpack_ids, py::arg("packed").noconvert(), py::arg("k"), py::arg("bits"),
         "Inverse of pack_ids: uint8 [rows, ceil(k * bits / 8)] -> int32 [rows, k].\n\n"
         "Raises ValueError when the width of packed does not fit k and bits.");
+  distillm::define_records(m);
 }

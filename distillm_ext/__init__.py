@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .containers import TeacherHead
+    from .compression import capture_from_hidden, compress_logits
+    from .containers import CompressedLogits, DivergenceMetrics, SampledTokens, TeacherHead
     from .functional import (
         DIVERGENCES,
         alpha_beta_loss,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .information import build_info
     from .linear import linear_distillation_loss
     from .losses import (
+        AdaptiveKLLoss,
         AlphaBetaLoss,
         DistillationLoss,
         ForwardKLLoss,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
         SkewReverseKLLoss,
         TotalVariationLoss,
     )
+    from .sampling import sample_tokens
 
 try:
     __version__ = version("distillm_ext")
@@ -42,7 +45,8 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _HOME = {
-    "containers": ("TeacherHead",),
+    "containers": ("CompressedLogits", "DivergenceMetrics", "SampledTokens", "TeacherHead"),
+    "compression": ("capture_from_hidden", "compress_logits"),
     "linear": ("linear_distillation_loss",),
     "functional": (
         "DIVERGENCES",
@@ -56,6 +60,7 @@ _HOME = {
         "skew_reverse_kl_loss",
     ),
     "losses": (
+        "AdaptiveKLLoss",
         "AlphaBetaLoss",
         "DistillationLoss",
         "ForwardKLLoss",
@@ -67,17 +72,22 @@ _HOME = {
         "TotalVariationLoss",
     ),
     "information": ("build_info",),
+    "sampling": ("sample_tokens",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AdaptiveKLLoss",
     "AlphaBetaLoss",
+    "CompressedLogits",
     "DIVERGENCES",
     "DistillationLoss",
+    "DivergenceMetrics",
     "ForwardKLLoss",
     "GeneralizedJSLoss",
     "LinearDistillationLoss",
     "ReverseKLLoss",
+    "SampledTokens",
     "SkewKLLoss",
     "SkewReverseKLLoss",
     "TeacherHead",
@@ -85,11 +95,14 @@ __all__ = [
     "__version__",
     "alpha_beta_loss",
     "build_info",
+    "capture_from_hidden",
+    "compress_logits",
     "distillation_loss",
     "forward_kl_loss",
     "generalized_js_loss",
     "linear_distillation_loss",
     "reverse_kl_loss",
+    "sample_tokens",
     "skew_kl_loss",
     "skew_reverse_kl_loss",
     "total_variation_loss",

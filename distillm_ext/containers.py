@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .containers_compressed import CompressedLogits
+
+__all__ = ["CompressedLogits", "DivergenceMetrics", "LinearHead", "SampledTokens", "TeacherHead"]
+
 
 @dataclass(frozen=True, eq=False)
 class LinearHead:
@@ -42,8 +46,30 @@ class TeacherHead(LinearHead):
 
 
 @dataclass(frozen=True, eq=False)
+class SampledTokens:
+    """One drawn token per row, as `sample_tokens` returns it.
+
+    Attributes:
+        tokens: [rows] int64; 0 where not valid.
+        logprobs: [rows] float32, log-probability under softmax(logits), in nats; NaN where not valid.
+        filtered_logprobs: [rows] float32, log-probability under the distribution that was drawn from.
+        valid: [rows] bool; False for a row without a legal token or with illegal parameters.
+
+    Example:
+        >>> drawn = sample_tokens(torch.randn(2, 32000), seed=1, position=0)
+        >>> bool(drawn.valid.all())
+        True
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    filtered_logprobs: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class DivergenceMetrics:
-    """What `return_metrics=True` adds to a loss, from the same pass over the logits; detached.
+    """What `return_metrics=True` adds to a loss, from the same call; detached.
 
     Positions that are left out (ignored label, weight 0) read 0, those whose loss is NaN read NaN.
 

@@ -16,3 +16,12 @@ def write_text(path: str | Path, text: str) -> Path:
         os.fsync(file.fileno())
     os.replace(temporary, target)
     return target
+
+
+def sync_directory(path: str | Path) -> None:
+    """Force the names in a folder to the disk, so that a rename survives a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

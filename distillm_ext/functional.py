@@ -20,28 +20,20 @@ from .arguments import (
     _row_weight,
     _rows_of,
 )
-from .containers import DivergenceMetrics
-from .ops.divergence import DivergenceOptions, loss_dtype
+from .containers import CompressedLogits, DivergenceMetrics
+from .ops.divergence import DivergenceOptions, RowSides, loss_dtype
 from .ops.divergence import divergence as divergence_op
 from .ops.divergence_inplace import divergence_inplace
+from .ops.sparse_divergence import CompressedRows, sparse_divergence
 from .options import DIVERGENCES as DIVERGENCES
 from .options import checked_options
-
-
-class _Sides(NamedTuple):
-    """The side inputs of the rows, flat."""
-
-    labels: Tensor | None
-    weight: Tensor | None  # the division of "mean" included
-    alpha: Tensor | None
-    cap: Tensor | None
+from .sparse import checked_compressed
 
 
 class _Request(NamedTuple):
     """How a loss is to be computed, beside its hyper-parameters."""
 
     vocab_size: int  # 0: all
-    tail: str
     inplace: bool
     metrics: bool
 
@@ -49,7 +41,7 @@ class _Request(NamedTuple):
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | CompressedLogits,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[True],
@@ -60,7 +52,7 @@ def distillation_loss(
 @overload
 def distillation_loss(
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | CompressedLogits,
     labels: Tensor | None = None,
     *,
     return_metrics: Literal[False] = False,
@@ -71,7 +63,7 @@ def distillation_loss(
 # The overloads tell the return type alone; the options are those here.
 def distillation_loss(  # type: ignore[misc]
     student_logits: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | CompressedLogits,
     labels: Tensor | None = None,
     *,
     divergence: str = "skew_kl",
@@ -125,7 +117,7 @@ def distillation_loss(  # type: ignore[misc]
             more than three dimensions that do not flatten to equally spaced rows, cost a copy. ``logits[:, :-1]`` is
             read where it is.
         teacher: teacher logits [..., Vt] of the same positions and device; the dtype may differ. Entries that only one
-            side has count as probability 0 on the other.
+            side has count as probability 0 on the other. Or `CompressedLogits` of the same positions.
         labels: [...], integer. Positions equal to ``ignore_index`` are not read and contribute exactly 0, NaN or not.
         divergence: a name of the table.
         alpha: skew_kl, skew_reverse_kl: weight of the first argument of KL in the mixture, in [0, 1], None: 0.1; 0
@@ -140,14 +132,20 @@ def distillation_loss(  # type: ignore[misc]
         reduction: "mean" (sum / total weight of valid positions, or / ``num_items``), "sum", or "none" ([...]).
         ce_weight: adds ``ce_weight`` times the cross-entropy with ``labels`` at T = 1, same weights and normaliser.
         detach_mixture: hold the mixture of skew_reverse_kl constant in the gradient (as DistiLLM-2's code does).
-        tail: for a compressed teacher alone.
+        tail: how the entries count that a compressed teacher did not keep. "bucket": as one entry on either side, the
+            exact divergence of the coarsened distributions. "truncate": the teacher's probability there is taken as 0
+            (and those entries are left out of reverse_kl, which would be infinite). "renormalize": not at all, both
+            sides are distributions over the kept entries. "sampled": unbiased estimates from draws (method "sample").
+            Divergences of a compressed teacher: forward_kl, reverse_kl, skew_kl, skew_reverse_kl, generalized_js,
+            total_variation, at a temperature that was captured; "sampled" at 1, without reverse_kl and generalized_js.
         num_items: divisor of "mean", an int or a tensor: the token count of the whole accumulated, distributed batch.
-        vocab_size: use only the first ``vocab_size`` entries of both sides.
+        vocab_size: use only the first ``vocab_size`` entries of both sides; what a compressed teacher did not keep
+            counts as lying among them.
         inplace: write the gradient over ``student_logits``, so that no memory beyond the two inputs is needed. They
             must be computed from something that requires a gradient (not a leaf), and hold the gradient afterwards:
             whoever needs their values comes first. Eager mode only, one backward pass. Where gradients are disabled
             nothing is overwritten.
-        return_metrics: also return `DivergenceMetrics`, from the same pass.
+        return_metrics: also return `DivergenceMetrics`: on the CPU from the same pass, on CUDA from a launch before it.
 
     Returns:
         Scalar, or [...] for reduction "none"; float32 (float64 for float64 logits). With ``return_metrics`` a pair of
@@ -165,29 +163,26 @@ def distillation_loss(  # type: ignore[misc]
         >>> loss = distillation_loss(student_logits, teacher_logits, labels, divergence="skew_kl", alpha=0.1)
         >>> loss.backward()
     """
-    _check_logits(student_logits, teacher)
-    _check_tail(tail, compressed=False)
+    _check_logits(student_logits, student_logits if isinstance(teacher, CompressedLogits) else teacher)
+    _check_tail(tail, compressed=isinstance(teacher, CompressedLogits))
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
     if ce_weight != 0 and labels is None:
         raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
-    if vocab_size is not None:
-        _check_vocab_size(vocab_size, min(student_logits.shape[-1], teacher.shape[-1]))
-    else:
-        _check_vocabularies(options, student_logits.shape[-1], teacher.shape[-1])
+    teacher_rows = _checked_teacher(student_logits, teacher, options, tail, vocab_size, return_metrics)
     inplace = inplace and torch.is_grad_enabled()
     if inplace:
         _check_inplace(student_logits)
     shape = student_logits.shape[:-1]
     rows = _rows_of(student_logits, loss_dtype(student_logits.dtype))
     flat_labels, flat_weight = rows(labels, "labels", integer=True), rows(weight, "weight")
-    sides = _Sides(
+    sides = RowSides(
         flat_labels,
         _row_weight(flat_weight, flat_labels, shape, student_logits, reduction, num_items, ignore_index),
         rows(alpha if isinstance(alpha, Tensor) else None, "alpha"),
         rows(_cap_tensor(cap, student_logits), "cap"),
     )
-    request = _Request(vocab_size or 0, tail, inplace, return_metrics)
-    row_losses, metrics = _row_losses(student_logits, teacher, sides, options, request)
+    request = _Request(vocab_size or 0, inplace, return_metrics)
+    row_losses, metrics = _row_losses(student_logits, teacher_rows, sides, options, request)
     loss = row_losses.reshape(shape) if reduction == "none" else row_losses.sum()
     return (loss, DivergenceMetrics.from_rows(metrics, shape)) if return_metrics else loss
 
@@ -197,15 +192,40 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits.unsqueeze(0) if logits.dim() == 1 else logits if logits.dim() <= 3 else logits.flatten(0, -3)
 
 
+def _checked_teacher(
+    student: Tensor,
+    teacher: Tensor | CompressedLogits,
+    options: DivergenceOptions,
+    tail: str,
+    vocab_size: int | None,
+    return_metrics: bool,
+) -> Tensor | CompressedRows:
+    """The teacher as its operator takes it, once its vocabulary is known to fit."""
+    if isinstance(teacher, CompressedLogits):
+        if return_metrics:
+            raise ValueError(
+                "return_metrics needs the teacher's logits; CompressedLogits do not determine its entropy."
+            )
+        return checked_compressed(
+            teacher, options, tail, student.shape[:-1], student.shape[-1], vocab_size, student.dtype, student.device
+        )
+    if vocab_size is not None:
+        _check_vocab_size(vocab_size, min(student.shape[-1], teacher.shape[-1]))
+    else:
+        _check_vocabularies(options, student.shape[-1], teacher.shape[-1])
+    return _as_rows(teacher.detach())
+
+
 def _row_losses(
-    student: Tensor, teacher: Tensor, sides: _Sides, options: DivergenceOptions, request: _Request
+    student: Tensor, teacher: Tensor | CompressedRows, sides: RowSides, options: DivergenceOptions, request: _Request
 ) -> tuple[Tensor, Tensor]:
     """Losses [R] and metrics [R, 3] (or [0]): the one place where the kind of teacher matters."""
+    rows = _as_rows(student)
+    if isinstance(teacher, CompressedRows):
+        loss = sparse_divergence(rows, teacher, sides, options, vocab_size=request.vocab_size, inplace=request.inplace)
+        return loss, loss.new_empty(0)
     operator = divergence_inplace if request.inplace else divergence_op
-    return operator(
-        _as_rows(student), _as_rows(teacher.detach()), *sides, options,
-        vocab_size=request.vocab_size, need_metrics=request.metrics,
-    )  # fmt: skip
+    return operator(rows, teacher, *sides, options, vocab_size=request.vocab_size, need_metrics=request.metrics)
 
 
 def forward_kl_loss(student_logits: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:

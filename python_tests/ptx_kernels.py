@@ -88,6 +88,7 @@ class DivergenceCase:
     need_gradient: bool = True
     need_metrics: bool = False
     in_place: bool = False
+    student_blocks: np.ndarray | None = None  # [B, S, V]: where the rows of `student` lie, with two strides
     staged_turns: int | None = None  # of each thread; None: all of them
     kept_turns: int | None = None  # of those; None: all of them
     vocab_size: int | None = None  # entries of both sides to use; None: all
@@ -130,21 +131,22 @@ class DivergenceResult:
     counters: ptxsim.Counters
 
 
-def storage(array: np.ndarray) -> np.ndarray:
+def flat_storage(array: np.ndarray) -> np.ndarray:
     """The memory from a view's first to its last entry, as a flat view of the array that the view was made from: ptxsim
     then gives it the same alignment."""
     root = array
     while isinstance(root.base, np.ndarray):
         root = root.base
     first = (array.ctypes.data - root.ctypes.data) // array.itemsize
-    rows, columns = array.shape
-    return root.reshape(-1)[first : first + (rows - 1) * (array.strides[0] // array.itemsize) + columns]
+    last = sum((size - 1) * stride // array.itemsize for size, stride in zip(array.shape, array.strides, strict=True))
+    return root.reshape(-1)[first : first + last + 1]
 
 
-def layout(array: np.ndarray | None) -> tuple[np.int64, np.int64, np.int64]:
-    """struct RowLayout of csrc/math/row_layout.h for rows one stride apart."""
-    stride = 0 if array is None else array.strides[0] // array.itemsize
-    return np.int64(2**63 - 1), np.int64(0), np.int64(stride)
+def row_layout(array: np.ndarray) -> list[np.int64]:
+    """The fields of RowLayout for [R, V] or [B, S, V]."""
+    strides = [stride // array.itemsize for stride in array.strides]
+    per_block = np.iinfo(np.int64).max if array.ndim == 2 else array.shape[1]
+    return [np.int64(per_block), np.int64(0 if array.ndim == 2 else strides[0]), np.int64(strides[-2])]
 
 
 def launch_divergence(
@@ -160,18 +162,19 @@ def launch_divergence(
     vocab = columns if case.vocab_size is None else case.vocab_size
     teacher_vocab = case.teacher.shape[1] if case.vocab_size is None else case.vocab_size
     staged, kept = case.turns(cluster, threads)
-    student, teacher = storage(case.student), storage(case.teacher)
+    placed = case.student if case.student_blocks is None else case.student_blocks
+    student, teacher = flat_storage(placed), flat_storage(case.teacher)
     loss = np.full(rows, 7, np.float32)
     gradient = None
     if case.need_gradient:
-        gradient = case.student if case.in_place else np.full((rows, columns), 7, case.student.dtype)
+        gradient = placed if case.in_place else np.full((rows, columns), 7, case.student.dtype)
     metrics = np.full((rows, 3), 7, np.float32) if case.need_metrics else None
-    target = storage(gradient) if case.need_gradient else None
+    target = flat_storage(gradient) if case.need_gradient else None
     if case.in_place:
         target = student
     arguments = ptxsim.Struct(
         student, teacher, target,
-        *layout(case.student), *layout(case.teacher), *layout(case.student if case.in_place else gradient),
+        *row_layout(placed), *row_layout(case.teacher), *row_layout(placed if gradient is None else gradient),
         np.int32(vocab), np.int32(teacher_vocab), np.int32(columns),
         np.int32(TYPE_NUMBERS[type_name(case.teacher)]), np.int32(staged), np.int32(kept),
         case.labels, case.weight, case.alpha_rows, case.cap, loss, metrics, np.int64(case.ignore_index),
@@ -238,11 +241,11 @@ class KernelResources:
     static_shared_bytes: int
 
 
-def ptxas_report(arch: str) -> list[KernelResources]:
-    """Compiles every kernel for a real architecture and reads `ptxas -v`."""
+def ptxas_report(arch: str, source: str = "all.cu") -> list[KernelResources]:
+    """Compiles the kernels of a file of python_tests/kernels for a real architecture and reads `ptxas -v`."""
     with tempfile.TemporaryDirectory() as folder:
         command = [ptxsim.find_nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v",
-                   f"-I{ROOT / 'csrc'}", str(KERNELS / "all.cu"), "-o", f"{folder}/all.cubin"]  # fmt: skip
+                   f"-I{ROOT / 'csrc'}", str(KERNELS / source), "-o", f"{folder}/all.cubin"]  # fmt: skip
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     pattern = (
         r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"

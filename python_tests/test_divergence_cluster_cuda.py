@@ -99,7 +99,7 @@ def planned(vocab: int, arch: str, dtype=ml_dtypes.bfloat16, **options):
 
 
 def test_plan():
-    """Rows are staged whole in clusters, with room for a second block on the multiprocessor; else as far as they fit."""
+    """Rows are staged whole in clusters, with room for a second block on the multiprocessor; else as far as fits."""
     for vocab in (1, 7, 4096, 32000, 50257, 128256, 151936, 262144):
         case = DivergenceCase(np.zeros((1, vocab), BF16), np.zeros((1, vocab), BF16))
         for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120"):

@@ -1,11 +1,10 @@
-"""The CUDA kernel of `divergence` beyond a functor per entry: interpolated, adaptive_kl, metrics, vocab_size."""
+"""The CUDA kernel of `divergence` beyond a functor per entry: interpolated, adaptive_kl, vocab_size."""
 
 from __future__ import annotations
 
 import numpy as np
 import ptxsim
 import pytest
-from divergence_oracle import log_softmax, padded
 from ptx_kernels import DivergenceCase
 from test_divergence_cuda import BF16, F16, F32, check, logits, run, unaligned
 
@@ -20,7 +19,9 @@ def rng() -> np.random.Generator:
 @pytest.mark.parametrize("arch,cluster", [("sm_80", 1), ("sm_90", 2), ("sm_90", 4)])
 @pytest.mark.parametrize("divergence", MEMBERS)
 def test_dtypes_and_sizes(arch, cluster, divergence, rng):
-    for seed, (vocab, dtypes) in enumerate(((1, (F32, F32)), (31, (BF16, BF16)), (517, (F16, F16)), (517, (BF16, F32)))):
+    for seed, (vocab, dtypes) in enumerate(
+        ((1, (F32, F32)), (31, (BF16, BF16)), (517, (F16, F16)), (517, (BF16, F32)))
+    ):
         case = DivergenceCase(logits(rng, 2, vocab, dtypes[0]), logits(rng, 2, vocab, dtypes[1]), divergence)
         for case.staged_turns in (None, 1):
             check(case, arch, threads=32, cluster=cluster, seed=seed)
@@ -90,42 +91,6 @@ def test_in_place_and_independent_of_the_schedule(divergence, rng):
         np.testing.assert_array_equal(results[0].gradient, other.gradient)
 
 
-def expected_metrics(case: DivergenceCase) -> np.ndarray:
-    vocab = max(case.student.shape[1], case.teacher.shape[1])
-    rows = []
-    for student, teacher in zip(case.student, case.teacher, strict=True):
-        student, teacher = padded(student, vocab), padded(teacher, vocab)
-        entropies = []
-        for log_p in (log_softmax(teacher / case.temperature), log_softmax(student / case.temperature)):
-            entropies.append(-(np.exp(log_p) * np.where(np.isinf(log_p), 0, log_p)).sum())
-        rows.append([*entropies, float(student.argmax() == teacher.argmax())])
-    return np.array(rows)
-
-
-@pytest.mark.parametrize("divergence", ["forward_kl", "skew_kl", *MEMBERS])
-def test_metrics(divergence, rng):
-    student, teacher = logits(rng, 8, 333, BF16), logits(rng, 8, 301, BF16)
-    student[0], teacher[0] = 0, 0  # the first of equal logits
-    student[1, [5, 200]], teacher[1, [5, 100]] = 30, 30  # first at 5 on both sides
-    student[2, [4, 5]], teacher[2, 5] = 30, 30
-    student[3, 7:], teacher[3, 7:] = -np.inf, -np.inf
-    student[6, 0] = np.nan
-    weight = np.array([1, 1, 2, 1, 1, 0, 1, 1], np.float32)
-    for cluster, options in ((1, {}), (2, {"temperature": 2.0}), (4, {"staged_turns": 0, "need_gradient": False})):
-        case = DivergenceCase(student, teacher, divergence, weight=weight, need_metrics=True, **options)
-        result = run(case, threads=32, cluster=cluster, seed=1)
-        expected = expected_metrics(case)
-        expected[5], expected[6] = 0, np.nan
-        np.testing.assert_allclose(result.metrics, expected, rtol=2e-5, atol=2e-5)
-
-
-def test_metrics_cost_no_further_reads(rng):
-    case = DivergenceCase(logits(rng, 1, 4096, BF16), logits(rng, 1, 4096, BF16), staged_turns=1)
-    plain = run(case, threads=64, count=True).counters.load_bytes
-    case.need_metrics = True
-    assert run(case, threads=64, count=True).counters.load_bytes == plain
-
-
 @pytest.mark.parametrize("in_place", [False, True])
 def test_vocab_size(in_place, rng):
     """Entries beyond it do not count, and their gradient is 0."""
@@ -141,6 +106,23 @@ def test_vocab_size(in_place, rng):
         result.gradient[:, :190].astype(np.float32), expected.gradient.astype(np.float32), rtol=2e-2, atol=1e-6
     )
     assert (result.gradient[:, 190:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_vocab_size_in_blocks_of_rows(dtype, rng):
+    """In place the entries from vocab_size on become 0 in every row, also in one that is left out; the rows between the
+    blocks stay as they are."""
+    whole = logits(rng, 8, 203, dtype).reshape(2, 4, 203)
+    before, blocks = whole.copy(), whole[:, :3]
+    weight = np.array([1, 0, 1, 1, np.nan, 1], np.float32)
+    case = DivergenceCase(
+        blocks.reshape(6, 203), logits(rng, 6, 210, dtype), weight=weight, vocab_size=101, in_place=True,
+        student_blocks=blocks,
+    )  # fmt: skip
+    run(case, cluster=2, threads=32, seed=2)
+    assert (whole[:, :3, 101:] == 0).all() and (whole[0, 1] == 0).all()
+    assert np.isnan(whole[1, 1, :101]).all() and (whole[0, 0, :101] != before[0, 0, :101]).mean() > 0.9
+    np.testing.assert_array_equal(whole[:, 3], before[:, 3])
 
 
 def test_head_selection_without_a_barrier_is_a_race(tmp_path, rng):

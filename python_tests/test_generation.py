@@ -1,4 +1,4 @@
-"""Sampling parameters and filters; responses that depend on weights, prompt and seed alone."""
+"""Sampling parameters; responses that depend on weights, prompt and seed alone."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from trainer_world import EOS, VOCAB, tiny_model
 from transformers import GenerationConfig
 
-from distillm_ext.generation import SamplingParams, filter_logits, generate_responses, sample_inverse_cdf
+from distillm_ext.generation import SamplingParams, generate_responses
 
 PROMPTS = [[1, 5, 6, 7, 8], [1, 9], [1, 10, 11]]
 
@@ -28,7 +28,7 @@ def stubborn_model(token):
     return model
 
 
-# ---- parameters and filters
+# ---- parameters
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,8 @@ def stubborn_model(token):
         ({"top_k": -1}, "sampling.top_k"),
         ({"top_p": 0.0}, "sampling.top_p"),
         ({"top_p": 1.5}, "sampling.top_p"),
-        ({"topk": 3}, "unknown key 'topk'; legal keys are temperature, top_k, top_p"),
+        ({"min_p": 1.5}, "sampling.min_p"),
+        ({"topk": 3}, "unknown key 'topk'; legal keys are temperature, top_k, top_p, min_p"),
     ],
 )
 def test_bad_values(values, message):
@@ -52,31 +53,6 @@ def test_bad_values(values, message):
 def test_bad_types(values):
     with pytest.raises(TypeError, match=f"sampling.{next(iter(values))}"):
         SamplingParams.from_mapping(values)
-
-
-def probabilities(params, p=(0.5, 0.25, 0.125, 0.125)):
-    return filter_logits(torch.tensor([p]).log(), params).softmax(-1)[0].tolist()
-
-
-def test_filters():
-    assert probabilities(SamplingParams()) == pytest.approx([0.5, 0.25, 0.125, 0.125])
-    assert probabilities(SamplingParams(top_k=2)) == pytest.approx([2 / 3, 1 / 3, 0, 0])
-    assert probabilities(SamplingParams(top_k=9)) == pytest.approx([0.5, 0.25, 0.125, 0.125])
-    # 0.5 < 0.6 ≤ 0.75: two tokens are needed to reach the mass.
-    assert probabilities(SamplingParams(top_p=0.6)) == pytest.approx([2 / 3, 1 / 3, 0, 0])
-    assert probabilities(SamplingParams(top_p=1e-6)) == pytest.approx([1, 0, 0, 0])
-    assert probabilities(SamplingParams(temperature=0.5)) == pytest.approx([16 / 22, 4 / 22, 1 / 22, 1 / 22])
-    # top-p acts on what top-k left, renormalised: 0.6 of (2/3, 1/3) is the first token alone.
-    assert probabilities(SamplingParams(top_k=2, top_p=0.6)) == pytest.approx([1, 0, 0, 0])
-
-
-def test_inverse_cdf_follows_the_distribution_and_skips_impossible_tokens():
-    p = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.25, 0.0])
-    uniforms = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    tokens = sample_inverse_cdf(p.log().expand(1000, -1), uniforms)
-    assert tokens.bincount(minlength=6).tolist() == [0, 500, 0, 250, 250, 0]
-    edges = torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)
-    assert sample_inverse_cdf(p.log().expand(2, -1), edges).tolist() == [1, 4]
 
 
 # ---- responses

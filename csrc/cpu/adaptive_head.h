@@ -37,7 +37,7 @@ struct KeyOf<double> {
 
 // Entries that may be at the boundary, in order of their ids, in scratch memory.
 template <class Real>
-struct Candidates {
+struct HeadCandidates {
   using Key = typename KeyOf<Real>::type;
   Key* keys;
   int32_t* ids;
@@ -81,7 +81,7 @@ int32_t tile_count_above(const Real* e, int64_t count, Real bound) {
 
 // The entry at the boundary and all lighter ones hold more than `rest`, so it holds at least rest / vocab itself.
 template <class Real>
-void find_candidates(const MassRow<Real>& teacher, double rest, Candidates<Real>& out) {
+void find_candidates(const MassRow<Real>& teacher, double rest, HeadCandidates<Real>& out) {
   alignas(64) Real buffer[kTile];
   const double lightest = rest / static_cast<double>(teacher.vocab) * (1 - 1e-4);
   out.count = 0;
@@ -102,7 +102,7 @@ void find_candidates(const MassRow<Real>& teacher, double rest, Candidates<Real>
 // One digit of the selection: keeps the candidates of the digit in which the mass passes `target`; `above`, the mass
 // before them, grows. False when it never does.
 template <class Real>
-bool narrow(const MassRow<Real>& teacher, int shift, double target, double& above, Candidates<Real>& kept) {
+bool narrow(const MassRow<Real>& teacher, int shift, double target, double& above, HeadCandidates<Real>& kept) {
   double digit_mass[kDigits] = {};
   const auto digit_of = [&](int64_t i) { return static_cast<int>(kept.keys[i] >> shift) & (kDigits - 1); };
   for (int64_t i = 0; i < kept.count; ++i) digit_mass[digit_of(i)] += teacher.mass(kept.ids[i]);
@@ -121,8 +121,8 @@ bool narrow(const MassRow<Real>& teacher, int shift, double target, double& abov
 }
 
 template <class Real>
-HeadBoundary<Real> head_boundary(const MassRow<Real>& teacher, double mu, Candidates<Real> candidates) {
-  constexpr int kKeyBits = 8 * sizeof(typename Candidates<Real>::Key);
+HeadBoundary<Real> head_boundary(const MassRow<Real>& teacher, double mu, HeadCandidates<Real> candidates) {
+  constexpr int kKeyBits = 8 * sizeof(typename HeadCandidates<Real>::Key);
   const HeadBoundary<Real> everything{kMinusInfinity<Real>, INT32_MAX};
   const double total = total_mass(teacher), target = mu * total;
   if (!(mu < 1)) return everything;

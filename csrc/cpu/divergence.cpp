@@ -9,15 +9,7 @@ namespace distillm {
 namespace {
 
 DivergenceRows kernel_for(const std::string& name, bool float64) {
-#ifdef __x86_64__
-  switch (instruction_set()) {
-    case InstructionSet::kX86_64_v4: return divergence_rows_x86_64_v4(name.c_str(), float64);
-    case InstructionSet::kX86_64_v3: return divergence_rows_x86_64_v3(name.c_str(), float64);
-    case InstructionSet::kX86_64_v2: return divergence_rows_x86_64_v2(name.c_str(), float64);
-    case InstructionSet::kGeneric: break;
-  }
-#endif
-  return divergence_rows_generic(name.c_str(), float64);
+  return DISTILLM_FOR_THIS_PROCESSOR(divergence_rows)(name.c_str(), float64);
 }
 
 void run(const DivergenceTensors& t) {
@@ -25,8 +17,7 @@ void run(const DivergenceTensors& t) {
   const DivergenceRows rows = kernel_for(call.options.divergence, call.student_type == ScalarType::Double);
   STD_TORCH_CHECK(rows, "divergence '", call.options.divergence, "' has no CPU kernel");
   prefer_huge_pages(t.gradient.data_ptr(), t.gradient.numel() * t.gradient.element_size());
-  // Several rows per task where rows are short, one where they are long.
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, call.student_vocab));
+  const int64_t grain = rows_per_task(call.student_vocab);
   torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) { rows(call, begin, end); });
 }
 

@@ -182,8 +182,8 @@ struct InterpolatedMember {
 template <class Real>
 struct AdaptiveMember {
   static Real loss(RowTask<Real>& task) {
-    using Key = typename Candidates<Real>::Key;
-    take_scratch(task, Candidates<Real>::bytes(task.vocab));
+    using Key = typename HeadCandidates<Real>::Key;
+    take_scratch(task, HeadCandidates<Real>::bytes(task.vocab));
     const RowSoftmaxes<Real> softmaxes = row_softmaxes(task);
     Key* keys = static_cast<Key*>(task.spare);
     const bool legal = in_unit_interval(task.parameters.alpha);
@@ -197,7 +197,7 @@ struct AdaptiveMember {
     return finish_row(task, task.teacher, softmaxes, SymmetricKl<Real>(parameters), legal);
   }
 
-  static Real share(const RowTask<Real>& task, Candidates<Real> candidates) {
+  static Real share(const RowTask<Real>& task, HeadCandidates<Real> candidates) {
     const MassRow<Real> teacher{task.teacher, task.p, task.vocab};
     const double mu = task.call.alpha ? static_cast<double>(task.parameters.alpha) : task.call.options.alpha;
     const HeadDistance<double> distance = head_distance(teacher, task.q, head_boundary(teacher, mu, candidates));

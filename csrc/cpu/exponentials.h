@@ -48,13 +48,13 @@ struct Exponentials {
 
 // sum of e = 2^x over a tile, and sum of e x, which the entropy is made of.
 template <class Real>
-struct ExpSums {
+struct ExponentialSums {
   Real e, ex;
 };
 
 // kWeighted: whether the sum of e x is wanted. There x is kept finite: an entry whose exponential is 0 adds 0.
 template <bool kWeighted, class Real>
-ExpSums<Real> tile_exponentials(const Real* z, int64_t count, Real reference, Real scale, Real* out) {
+ExponentialSums<Real> tile_exponentials(const Real* z, int64_t count, Real reference, Real scale, Real* out) {
   constexpr Real kLowest = std::numeric_limits<Real>::min_exponent - 2;
   Real sum = 0, weighted = 0;
 #pragma omp simd reduction(+ : sum, weighted)
@@ -89,7 +89,7 @@ struct OnlineSum {
     sum *= factor;
     reference = raised;
   }
-  void add(ExpSums<Real> tile) {
+  void add(ExponentialSums<Real> tile) {
     sum += static_cast<double>(tile.e);
     weighted += static_cast<double>(tile.ex);
   }

@@ -14,11 +14,14 @@ DivergenceShape shape_of(const DivergenceKernel& kernel, const DivergenceCall& c
           call.gradient != nullptr, kernel.static_bytes};
 }
 
-// Clusters need a device that has them and code compiled for one: PTX of an older architecture knows of none.
+// Clusters need a device that has them and code compiled for one: PTX of an older architecture knows of none. 12.0
+// and later are launched without: there a cluster is one block.
 int64_t most_blocks_of_cluster(const DivergenceKernel& kernel, const DeviceScope& device) {
   cudaFuncAttributes attributes;
   STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
-  return device.attribute(cudaDevAttrClusterLaunch) && attributes.ptxVersion >= 90 ? kMaxCluster : 1;
+  const int major = device.attribute(cudaDevAttrComputeCapabilityMajor);
+  const bool has_clusters = major >= 9 && major < 12 && device.attribute(cudaDevAttrClusterLaunch);
+  return has_clusters && attributes.ptxVersion >= 90 ? kMaxCluster : 1;
 }
 
 DeviceLimits limits_of(const DivergenceKernel& kernel, const DeviceScope& device) {

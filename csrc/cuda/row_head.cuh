@@ -151,8 +151,7 @@ struct HeadSelection {
 
   // The logit of a selected key, whose bits below kLowestBit are 0.
   __device__ static float logit_of(uint32_t key) {
-    const uint32_t bits = key >> 31 ? key ^ 0x80000000u : ~key;
-    return __uint_as_float(bits & ~((1u << kLowestBit) - 1));
+    return __uint_as_float(__float_as_uint(number_of_key(key)) & ~((1u << kLowestBit) - 1));
   }
 
   // The share of the reverse divergence.

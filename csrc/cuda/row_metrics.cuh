@@ -1,7 +1,8 @@
 // Entropies of both sides of a row and whether they agree on the top entry, for the log of a training run.
 #pragma once
 
-#include "../math/row_divergence.h"
+#include "../math/metrics.h"
+#include "../math/ordered_key.h"
 #include "cluster_reduce.cuh"
 #include "divergence_row.cuh"
 

@@ -1,4 +1,4 @@
-// Row r of gradient, V entries at rows.offset(r), times scale[r], in place.
+// Row r of gradient [R, V] (or [B, S, V], any layout of rows) times scale[r], in place.
 //
 // One block per row; each thread scales chunks of 16 bytes, strided by the block, with a partial chunk at both ends of
 // rows that are not aligned. A row whose scale is exactly 1 is neither read nor written, so that a unit upstream

@@ -9,11 +9,10 @@
 #pragma once
 
 #include "divergence.h"
+#include "ordered_key.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {
-
-constexpr int kMetrics = 3;  // of a row: teacher entropy, student entropy, top-1 agreement
 
 template <class Real>
 constexpr Real kMinusInfinity = -std::numeric_limits<Real>::infinity();
@@ -33,16 +32,6 @@ template <class Real>
 DISTILLM_HD Real adaptive_share(Real g_head, Real g_tail) {
   const Real total = g_head + g_tail;
   return total > Real(0) ? g_tail / total : Real(0.5);
-}
-
-// Unsigned integers in the order of the numbers they stand for; -0 and 0 are the same.
-DISTILLM_HD uint32_t ordered_key(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x + 0.0f);
-  return bits ^ ((bits >> 31) ? 0xffffffffu : 0x80000000u);
-}
-DISTILLM_HD uint64_t ordered_key(double x) {
-  const uint64_t bits = bit_cast<uint64_t>(x + 0.0);
-  return bits ^ ((bits >> 63) ? ~uint64_t(0) : uint64_t(1) << 63);
 }
 
 }  // namespace DISTILLM_ISA

@@ -28,7 +28,12 @@ struct RowLayout {
 #endif
       int64_t offset(int64_t row) const {
     if (rows_per_block == INT64_MAX) return row * row_stride;
+#ifdef __CUDA_ARCH__
+    // A grid has fewer than 2^31 rows; a division of 64 bits would be a function call, with registers saved around it.
+    const int64_t block = static_cast<uint32_t>(row) / static_cast<uint32_t>(rows_per_block);
+#else
     const int64_t block = row / rows_per_block;
+#endif
     return block * block_stride + (row - block * rows_per_block) * row_stride;
   }
 };

@@ -26,7 +26,7 @@
 #include <string>
 #include <tuple>
 
-#include "../math/row_divergence.h"
+#include "../math/metrics.h"
 #include "../math/row_layout.h"
 
 namespace distillm {

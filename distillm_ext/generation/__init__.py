@@ -1,4 +1,4 @@
-"""Responses from a causal language model: sampling parameters and the generation call.
+"""Responses from a causal language model: sampling parameters, the decode loop, and engines that stand in for it.
 
 Example:
     >>> from distillm_ext.generation import SamplingParams, generate_responses
@@ -6,7 +6,19 @@ Example:
     ...                                eos_token_ids=(2,), seeds=range(len(prompts)))
 """
 
-from distillm_ext.generation.generate import Responses, generate_responses
-from distillm_ext.generation.sampling import SamplingParams, filter_logits, sample_inverse_cdf
+from distillm_ext.generation.engine import Engine, LocalEngine, full_weights
+from distillm_ext.generation.generate import GeneratedTokens, Responses, generate, generate_responses
+from distillm_ext.generation.sampling import SamplingParams
+from distillm_ext.generation.vllm import VllmEngine
 
-__all__ = ["Responses", "SamplingParams", "filter_logits", "generate_responses", "sample_inverse_cdf"]
+__all__ = [
+    "Engine",
+    "GeneratedTokens",
+    "LocalEngine",
+    "Responses",
+    "SamplingParams",
+    "VllmEngine",
+    "full_weights",
+    "generate",
+    "generate_responses",
+]

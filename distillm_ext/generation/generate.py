@@ -1,21 +1,43 @@
-"""`generate_responses`: prompts in, responses out, with the same result whatever the global random state."""
+"""`generate`: prompts in, tokens out, the same whatever the batch and whatever the global random state."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from distillm_ext.generation.sampling import SamplingParams, filter_logits, sample_inverse_cdf
+from distillm_ext.generation import arguments
+from distillm_ext.generation.decode import DecodeLoop, Request
+from distillm_ext.generation.forward import CausalForward, causal_model
+from distillm_ext.generation.plan import longest_first
+from distillm_ext.generation.record import Record
+from distillm_ext.generation.sampling import SamplingParams
 
-# Separates these draws from other Philox streams that may be keyed with the same seeds.
-_STREAM = 0x5A17
+
+@dataclass(frozen=True, eq=False)
+class GeneratedTokens:
+    """What `generate` returns, in the order of the prompts, on the model's device. n is the longest response.
+
+    Attributes:
+        tokens: [rows, n] int64, the new tokens, `pad_token_id` behind the last. An end token that came is kept.
+        lengths: [rows] int64, new tokens per row, at least 1.
+        finished: [rows] bool, whether the row ended with one of its end tokens (False: cut off).
+        logprobs: [rows, n] float32, log-probability of each token under softmax(logits): the student's own. 0 behind
+            the last token.
+        filtered_logprobs: [rows, n] float32, under the distribution it was drawn from (temperature, top-k, top-p,
+            min-p); 0 at temperature 0.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    finished: Tensor
+    logprobs: Tensor
+    filtered_logprobs: Tensor
 
 
 @dataclass(frozen=True)
@@ -23,170 +45,183 @@ class Responses:
     """Generated token ids, one list per prompt, the prompt left out.
 
     Attributes:
-        token_ids: per prompt, the tokens up to and including the first end-of-sequence token, or `max_new_tokens`
-            of them. Never empty.
-        finished: per prompt, whether it ended with an end-of-sequence token (False: truncated).
+        token_ids: per prompt, the tokens up to and including the first end token, or `max_new_tokens` of them. Never
+            empty.
+        finished: per prompt, whether it ended with an end token (False: truncated).
+        logprobs: per prompt, the tokens' log-probabilities under softmax(logits).
     """
 
     token_ids: list[list[int]]
     finished: list[bool]
+    logprobs: list[list[float]]
 
 
-class _PhiloxSampler(LogitsProcessor):
-    """Samples inside the logits processor and leaves a one-hot row, so that greedy search picks the sampled token.
-
-    `generate(do_sample=True)` draws from the global generator for the whole batch at once: a row's tokens would depend
-    on its neighbours and on everything drawn before. Here each row has its own counter-based stream.
-    """
-
-    def __init__(self, params: SamplingParams, uniforms: Tensor, prompt_length: int) -> None:
-        self.params = params
-        self.uniforms = uniforms
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position = input_ids.shape[1] - self.prompt_length
-        tokens = sample_inverse_cdf(filter_logits(scores, self.params), self.uniforms[:, position])
-        return torch.full_like(scores, float("-inf")).scatter_(1, tokens.unsqueeze(1), 0.0)
-
-
-class _VocabularyCut(LogitsProcessor):
-    """Excludes the ids from `vocab_size` on."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        beyond = torch.arange(scores.shape[-1], device=scores.device) >= self.vocab_size
-        return scores.masked_fill(beyond, float("-inf"))
-
-
-@contextlib.contextmanager
-def _generating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, and a neutral generation config: a checkpoint's own defaults (a repetition penalty, say) would
-    otherwise be merged into ours and change the distribution that is sampled."""
-    was_training, generation_config = model.training, model.generation_config
-    model.eval()
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = generation_config
-        model.train(was_training)
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """→ input_ids, attention_mask, both [rows, longest prompt], int64; every prompt ends in the last column."""
-    longest = max(len(prompt) for prompt in prompts)
-    input_ids = np.full((len(prompts), longest), pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros((len(prompts), longest), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, longest - len(prompt) :] = prompt
-        attention_mask[row, longest - len(prompt) :] = 1
-    return torch.from_numpy(input_ids).to(device), torch.from_numpy(attention_mask).to(device)
-
-
-def _uniforms(seeds: Sequence[int], max_new_tokens: int) -> np.ndarray:
-    """[rows, max_new_tokens] draws in [0, 1); a row depends on its own seed alone."""
-    keys = [np.array([seed & ((1 << 64) - 1), _STREAM], dtype=np.uint64) for seed in seeds]
-    rows = [np.random.Generator(np.random.Philox(key=key)).random(max_new_tokens) for key in keys]
-    return np.stack(rows)
-
-
-def _check(prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None, params: SamplingParams, limit: int) -> None:
-    if limit < 1:
-        raise ValueError(f"max_new_tokens: expected an int >= 1, got {limit}")
-    for row, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise ValueError(f"prompts[{row}]: expected at least one token, got none; begin it with a BOS token")
-    if params.temperature > 0 and seeds is None:
-        raise ValueError("seeds: sampling at temperature > 0 needs one seed per prompt, got None")
-    if seeds is not None and len(seeds) != len(prompts):
-        raise ValueError(f"seeds: expected one per prompt ({len(prompts)}), got {len(seeds)}")
-
-
-def _trim(rows: list[list[int]], eos_token_ids: Sequence[int]) -> Responses:
-    """Cuts each row after its first end-of-sequence token. The padding that follows is recognised by its place, never
-    by its id: pad and end-of-sequence are the same token in many tokenizers."""
-    ends = set(eos_token_ids)
-    token_ids, finished = [], []
-    for row in rows:
-        end = next((index for index, token in enumerate(row) if token in ends), None)
-        token_ids.append(row if end is None else row[: end + 1])
-        finished.append(end is not None)
-    return Responses(token_ids, finished)
-
-
-def _generate_batch(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
-    config: GenerationConfig,
-    draws: np.ndarray | None,
-    vocab_size: int | None,
-) -> Responses:
-    device = next(model.parameters()).device
-    input_ids, attention_mask = _left_padded(prompts, config.pad_token_id, device)
-    processors = LogitsProcessorList([] if vocab_size is None else [_VocabularyCut(vocab_size)])
-    if draws is not None:
-        processors.append(_PhiloxSampler(params, torch.from_numpy(draws).to(device), input_ids.shape[1]))
-    output = model.generate(
-        input_ids=input_ids, attention_mask=attention_mask, generation_config=config, logits_processor=processors
-    )
-    return _trim(output[:, input_ids.shape[1] :].tolist(), config.eos_token_id or ())
-
-
-@torch.no_grad()
-def generate_responses(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+def generate(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008
+    seeds: Sequence[int] | Tensor | None = None,
     *,
-    max_new_tokens: int,
-    eos_token_ids: Sequence[int],
+    max_new_tokens: int | Sequence[int] | Tensor | None = None,
+    eos_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    pad_token_id: int = 0,
+    vocab_size: int | None = None,
+    batch_size: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> GeneratedTokens:
+    """Generates one response per prompt: evaluation mode, no gradient, key-value cache.
+
+    Prompts are sorted by length and prefilled in groups of like length. Rows that are done leave the batch and the
+    cache, and waiting prompts take their places. Token number t of a row is drawn by `distillm_ext.sample_tokens` from
+    (its logits, its parameters, its seed, t): no global generator is used, and neighbours matter only as far as the
+    rounding of a matrix product depends on its shape.
+
+    Works under autocast and with DDP, FSDP (1 and 2), `torch.compile` and PEFT wrappers around the model. With FSDP
+    every process must call it, also one that has no prompts ([0, anything] input_ids): all run the same number of
+    forward passes.
+
+    Args:
+        model: a causal language model of transformers with a key-value cache. Its training mode is restored.
+        input_ids: [rows, S] int64, padded on either side.
+        attention_mask: [rows, S], 1 (or True) at tokens, 0 at padding; None where nothing is padding.
+        params: sampling parameters, one for all rows or one per row.
+        seeds: one int per row, taken modulo 2^64. May be None at temperature 0.
+        max_new_tokens: most tokens per response, one for all rows or one per row. None is what the model's generation
+            config says, else 256.
+        eos_token_ids: tokens that end a response, for all rows or a sequence per row; may be empty. None is what the
+            model's generation config says.
+        pad_token_id: fills `tokens` behind the end.
+        vocab_size: only ids below it are generated, where the model's head has more entries than there are tokens.
+        batch_size: most rows in a forward pass; None is all.
+        process_group: the processes that share an FSDP model; None is all.
+
+    Returns:
+        `GeneratedTokens`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, shape or range; the message names it.
+
+    Example:
+        >>> found = generate(model, torch.tensor([[5, 6], [0, 7]]), torch.tensor([[1, 1], [0, 1]]),
+        ...                  SamplingParams(temperature=0.7), seeds=(10, 11), max_new_tokens=8, eos_token_ids=(1,))
+        >>> found.tokens[0, : found.lengths[0]]
+    """
+    arguments.check_tokens(input_ids, attention_mask)
+    prompts, lengths = arguments.left_aligned_lengths(input_ids, attention_mask)
+    return _generate(
+        model, prompts, lengths, params, seeds, max_new_tokens, eos_token_ids, pad_token_id, vocab_size, batch_size,
+        process_group,
+    )  # fmt: skip
+
+
+def _generate(
+    model: nn.Module,
+    prompts: Tensor,
+    lengths: list[int],
+    params: SamplingParams | Sequence[SamplingParams],
+    seeds: Sequence[int] | Tensor | None,
+    max_new_tokens: int | Sequence[int] | Tensor | None,
+    eos_token_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+    pad_token_id: int,
+    vocab_size: int | None,
+    batch_size: int | None,
+    process_group: dist.ProcessGroup | None,
+) -> GeneratedTokens:
+    """`generate` for prompts that end in the last column and whose lengths the host knows."""
+    rows = len(lengths)
+    arguments.check_rows(lengths)
+    defaults = getattr(causal_model(model), "generation_config", None)
+    limits = arguments.row_limits(max_new_tokens, rows, defaults)
+    ends = arguments.row_ends(eos_token_ids, rows, defaults)
+    sampling = arguments.row_sampling(params, rows)
+    keys = arguments.row_seeds(seeds, rows, sampling)
+    for name, value in (("batch_size", batch_size), ("vocab_size", vocab_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {value}")
+    forward = CausalForward(model, process_group)
+    device = forward.device
+    record = Record(rows, max(limits, default=0), device)
+    with forward.ready():
+        if rows:
+            order = longest_first(lengths)
+            index = torch.tensor(order, device=device)
+            request = Request(
+                prompts=prompts.to(device)[index],
+                lengths=[lengths[row] for row in order],
+                limits=torch.tensor(limits, device=device)[index],
+                ends=ends.to(device)[index],
+                seeds=keys.to(device)[index],
+                sampling={n: v.to(device)[index] if isinstance(v, Tensor) else v for n, v in sampling.items()},
+                vocab_size=vocab_size,
+            )
+            DecodeLoop(forward, request, batch_size or rows, record).run()
+        forward.keep_step()
+    return _in_order(record, order if rows else [], pad_token_id)
+
+
+def _in_order(record: Record, order: list[int], pad_token_id: int) -> GeneratedTokens:
+    tokens, logprobs, filtered, lengths, finished = record.gather(pad_token_id)
+    back = torch.tensor(order, dtype=torch.int64, device=record.device).argsort()
+    longest = int(lengths.max()) if order else 0
+    return GeneratedTokens(
+        tokens[back, :longest], lengths[back], finished[back], logprobs[back, :longest], filtered[back, :longest]
+    )
+
+
+def generate_responses(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    *,
+    max_new_tokens: int | Sequence[int],
+    eos_token_ids: Sequence[int] | Sequence[Sequence[int]],
     pad_token_id: int = 0,
     seeds: Sequence[int] | None = None,
     vocab_size: int | None = None,
     batch_size: int | None = None,
 ) -> Responses:
-    """Generates one response per prompt: evaluation mode, no gradient, left padding, KV cache on.
+    """`generate` with lists: one response per prompt.
 
     Args:
-        model: an unwrapped causal language model; its training mode and generation config are restored afterwards.
+        model, params, max_new_tokens, eos_token_ids, seeds, vocab_size, batch_size: as in `generate`.
         prompts: token ids, one non-empty sequence per row.
-        params: temperature, top-k, top-p.
-        max_new_tokens: most tokens per response.
-        eos_token_ids: tokens that end a response; the one that did is kept. May be empty.
         pad_token_id: any legal id; padding is marked by the attention mask, so it may equal an end token.
-        seeds: one int per prompt. A row's random draws depend on its seed alone, not on its neighbours or on any global
-            generator. May be None at temperature 0.
-        vocab_size: only ids below it are generated, where the model's head has more entries than there are tokens.
-        batch_size: prompts per forward pass; None is all of them.
 
     Returns:
         `Responses`, in the order of `prompts`.
 
     Raises:
-        ValueError: an empty prompt, a missing or wrong number of seeds, max_new_tokens < 1.
+        TypeError, ValueError: as in `generate`.
 
     Example:
         >>> generate_responses(model, [[5, 6], [7]], SamplingParams(), max_new_tokens=8, eos_token_ids=(1,),
         ...                    seeds=(10, 11)).token_ids
     """
-    _check(prompts, seeds, params, max_new_tokens)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=list(eos_token_ids) or None,
-        pad_token_id=pad_token_id,
+    lengths = [len(prompt) for prompt in prompts]
+    arguments.check_rows(lengths)
+    found = _generate(
+        model, left_padded(prompts, pad_token_id), lengths, params, seeds, max_new_tokens, eos_token_ids, pad_token_id,
+        vocab_size, batch_size, None,
+    )  # fmt: skip
+    return to_lists(found)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
+    """[rows, longest prompt] int64; every prompt ends in the last column."""
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    ids = np.full((len(prompts), longest), pad_token_id, dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+    return torch.from_numpy(ids)
+
+
+def to_lists(found: GeneratedTokens) -> Responses:
+    """The responses as lists, without what is behind each row's end."""
+    host: dict[str, Any] = {field.name: getattr(found, field.name).tolist() for field in fields(found)}
+    pairs = list(zip(host["tokens"], host["logprobs"], host["lengths"], strict=True))
+    return Responses(
+        [tokens[:length] for tokens, _, length in pairs],
+        host["finished"],
+        [values[:length] for _, values, length in pairs],
     )
-    parts: list[Responses] = []
-    step = batch_size or max(len(prompts), 1)
-    with _generating(model):
-        for start in range(0, len(prompts), step):
-            chunk = slice(start, start + step)
-            draws = None if seeds is None or params.temperature == 0 else _uniforms(seeds[chunk], max_new_tokens)
-            parts.append(_generate_batch(model, prompts[chunk], params, config, draws, vocab_size))
-    token_ids = [ids for part in parts for ids in part.token_ids]
-    return Responses(token_ids, [end for part in parts for end in part.finished])

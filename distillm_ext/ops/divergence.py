@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ class DivergenceOptions:
     ce_weight: float
     ignore_index: int
     detach_mixture: bool
+
+
+class RowSides(NamedTuple):
+    """The side inputs of the rows, [R] each."""
+
+    labels: Tensor | None
+    weight: Tensor | None  # the division of "mean" included
+    alpha: Tensor | None
+    cap: Tensor | None
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,23 +27,18 @@ def divergence_inplace(
 
     Whatever saved the logits for its own backward pass (a soft-cap, say) is told by autograd that they are gone.
     """
-    return _InPlace.apply(
-        student,
-        teacher,
-        labels,
-        weight,
-        alpha_rows,
-        cap,
-        options.divergence,
-        options.alpha,
-        options.beta,
-        options.temperature,
-        options.ce_weight,
-        options.ignore_index,
-        options.detach_mixture,
-        vocab_size,
-        need_metrics,
-    )
+    arguments = (
+        teacher, labels, weight, alpha_rows, cap, options.divergence, options.alpha, options.beta, options.temperature,
+        options.ce_weight, options.ignore_index, options.detach_mixture, vocab_size, need_metrics,
+    )  # fmt: skip
+    return overwrite(torch.ops.distillm_ext.divergence_, student, arguments)
+
+
+def overwrite(
+    operator: Callable[..., tuple[Tensor, Tensor]], student: Tensor, arguments: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """Losses and metrics of an operator that writes its gradient over `student`, its first argument."""
+    return _InPlace.apply(student, operator, arguments)
 
 
 class _InPlace(torch.autograd.Function):
@@ -55,9 +51,11 @@ class _InPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, student: Tensor, operator: Callable[..., tuple[Tensor, Tensor]], arguments: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
         gradient = student.detach()
-        loss, metrics = torch.ops.distillm_ext.divergence_(gradient, *arguments)
+        loss, metrics = operator(gradient, *arguments)
         torch.autograd.graph.increment_version(gradient)  # operators of the stable ABI leave that to the caller
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(metrics)
@@ -66,10 +64,9 @@ class _InPlace(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        nothing: tuple[None, ...] = (None,) * 14
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
         if grad_loss is None:
-            return (None, *nothing)
+            return None, None, None
         refuse_second_derivative()
         if ctx.used:
             raise RuntimeError(
@@ -79,7 +76,7 @@ class _InPlace(torch.autograd.Function):
         ctx.used = True
         (gradient,) = ctx.saved_tensors
         torch.ops.distillm_ext.scale_rows_(gradient, grad_loss.contiguous())
-        return (gradient, *nothing)
+        return gradient, None, None
 
 
 @torch.library.register_fake("distillm_ext::divergence_")

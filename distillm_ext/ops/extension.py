@@ -43,12 +43,12 @@ _load_cpu()
 CUDA_UNAVAILABLE_REASON: str | None = _load_cuda()
 
 
-def require_backend(device: torch.device) -> None:
+def require_backend(device: torch.device, name: str = "student_logits") -> None:
     """Raises where no kernel of ours serves the device, before the dispatcher fails with a longer story."""
     if device.type == "cuda" and CUDA_UNAVAILABLE_REASON is not None:
         raise RuntimeError(f"distillm_ext has no CUDA kernels here: {CUDA_UNAVAILABLE_REASON}.")
     if device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"student_logits must be on a CPU or CUDA device, got {device}.")
+        raise ValueError(f"{name} must be on a CPU or CUDA device, got {device}.")
 
 
 def cpu_instruction_set() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergence import _scaled, loss_dtype
+from .divergence import _scaled, loss_dtype, refuse_second_derivative
 from .linear_call import LinearDivergenceCall
 from .linear_chunks import linear_divergence_cpu, linear_divergence_cuda
 
@@ -69,8 +69,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     nothing = (None,) * (len(LinearDivergenceCall._fields) - 3)
     if grad_loss is None:
         return (None, None, None, *nothing)
-    if torch.is_grad_enabled():
-        raise RuntimeError("distillm_ext losses have no second derivative; call backward without create_graph=True.")
+    refuse_second_derivative()
     gradients = ctx.saved_tensors
     if ctx.per_row:
         call = LinearDivergenceCall(*gradients, *ctx.rest)

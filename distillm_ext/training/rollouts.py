@@ -22,7 +22,7 @@ Batch = dict[str, Any]
 
 
 class ResponseSource(Protocol):
-    """Anything that answers prompts: the student, the teacher, later a faster engine."""
+    """Anything that answers prompts: the student, the teacher, through whatever engine."""
 
     def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int]]:
         """One non-empty response per prompt, a function of the prompt and its seed."""

@@ -13,13 +13,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 
+from distillm_ext.generation import Engine, LocalEngine, full_weights
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.data import prepare_dataset
 from distillm_ext.training.objectives import CrossEntropyObjective, DivergenceObjective, Objective, ObjectiveSchedule
 from distillm_ext.training.plain_text import PlainTextBatches, pack_text
 from distillm_ext.training.replay import ReplayBuffer
-from distillm_ext.training.responses import ModelResponses, end_token_ids
+from distillm_ext.training.responses import EngineResponses, end_token_ids
 from distillm_ext.training.rollouts import Rollouts
 from distillm_ext.training.rows import load_rows
 
@@ -166,20 +167,28 @@ def make_rollouts(
     vocab_size: int,
     autocast: Callable[[], Any],
     train_dataset: Dataset | None,
+    engine: Engine | None = None,
 ) -> Rollouts:
-    """Buffer, response sources and batches as the configuration wants them."""
+    """Buffer, response sources and batches as the configuration wants them; `engine` generates for the student."""
 
-    def answers(model: Callable[[], Any], context: Callable[[], Any]) -> ModelResponses:
-        return ModelResponses(
+    def local(model: Callable[[], Any], context: Callable[[], Any]) -> LocalEngine:
+        return LocalEngine(
             model,
+            shares_weights=True,
+            pad_token_id=collator.pad_token_id,
+            batch_size=args.generation_batch_size
+            or args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            context=context,
+        )
+
+    def answers(engine: Engine, model: Callable[[], Any]) -> EngineResponses:
+        return EngineResponses(
+            engine,
             args.sampling_params,
             max_new_tokens=min(args.max_new_tokens, args.max_length - 1),
             eos_token_ids=end_token_ids(tokenizer, model()),
-            pad_token_id=collator.pad_token_id,
             vocab_size=vocab_size,
-            batch_size=args.generation_batch_size
-            or args.per_device_train_batch_size * args.gradient_accumulation_steps,
-            autocast=context,
+            weights=lambda: full_weights(model()),
         )
 
     def prompts_of_this_process() -> list[tuple[list[int], int]]:
@@ -190,8 +199,8 @@ def make_rollouts(
     return Rollouts(
         collator=collator,
         buffer=ReplayBuffer(replay_capacity(args), seed=args.seed, rank=args.process_index),
-        student=answers(student, autocast),
-        teacher=answers(lambda: teacher, contextlib.nullcontext),
+        student=answers(engine or local(student, autocast), student),
+        teacher=answers(local(lambda: teacher, contextlib.nullcontext), lambda: teacher),
         prompts_of_rows=prompts_of_this_process,
         gather=gather_object if args.world_size > 1 else list,
         seed=args.seed,

@@ -22,6 +22,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from distillm_ext.generation import Engine
 from distillm_ext.training import setup
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
@@ -52,6 +53,8 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
         processing_class: the tokenizer, shared by student and teacher.
         lm_dataset: plain text (`text` or `input_ids`) for the additional language-modelling loss, in place of the file
             that `args.lm_dataset` names.
+        generation_engine: generates responses; None is the decode loop of `distillm_ext.generation` on the
+            student itself. An engine with a copy of the weights gets the newest before each generation.
         callbacks, optimizers: as in `transformers.Trainer`.
 
     Logged with every loss: `loss`, `loss_divergence`, `loss_ce`, `loss_lm` (means per optimizer step), `phi`,
@@ -87,6 +90,7 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         lm_dataset: Dataset | None = None,
+        generation_engine: Engine | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -110,6 +114,7 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
         self.vocab_size = setup.compared_vocabulary(self.student.model, teacher, tokenizer)
         self.objectives = setup.make_objectives(args, self.vocab_size)
         blocks = setup.load_plain_text(args, lm_dataset, tokenizer)
+        self.generation_engine = generation_engine
         self.plain_text = setup.make_plain_text(args, blocks, self.data_collator)
         self.reset_extra_state()
 
@@ -141,6 +146,7 @@ class DistillationTrainer(TokenWeightedEvaluation, ResumableTrainer):
             vocab_size=self.vocab_size,
             autocast=self.accelerator.autocast,
             train_dataset=self.train_dataset,
+            engine=self.generation_engine,
         )
         self._meters = Meters(args.device)
 

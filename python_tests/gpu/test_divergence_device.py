@@ -6,6 +6,8 @@ import torch
 from distillm_ext import DIVERGENCES, distillation_loss, reference
 
 pytestmark = pytest.mark.gpu
+WITHOUT_KERNEL = ("adaptive_kl", "interpolated")
+ON_DEVICE = [name for name in DIVERGENCES if name not in WITHOUT_KERNEL]
 ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 DTYPES = tuple(ROUNDING)
 
@@ -31,14 +33,14 @@ def check(student, teacher, upstream=None, **options):
     assert ((leaf.grad.cpu().double() - gradient).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ON_DEVICE)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", (1, 7, 1023, 32000, 50257, 128256, 151936))
 def test_value_and_gradient(divergence, dtype, vocab):
     check(*pair(5, vocab, dtype), divergence=divergence, temperature=1.7)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ON_DEVICE)
 def test_non_unit_upstream_gradient(divergence):
     check(*pair(4, 5003, torch.bfloat16), torch.tensor([1.0, 0.5, -2.0, 1.0]), divergence=divergence)
 
@@ -118,3 +120,28 @@ def test_side_stream():
         other = distillation_loss(student, teacher)
     torch.cuda.current_stream().wait_stream(stream)
     torch.testing.assert_close(other, expected)
+
+
+@pytest.mark.parametrize("divergence", WITHOUT_KERNEL)
+def test_without_a_kernel_is_an_error(divergence):
+    student, teacher = pair(2, 50, torch.float32)
+    with pytest.raises(RuntimeError, match="has no CUDA kernel"):
+        distillation_loss(student.cuda(), teacher.cuda(), divergence=divergence, alpha=0.4)
+
+
+@pytest.mark.parametrize("inplace", (False, True))
+def test_what_the_trainer_asks_for(inplace):
+    """Metrics, vocab_size and logits[:, :-1] as on the CPU, in place too."""
+    student, teacher = (x.view(2, 4, 1001) for x in pair(8, 1001, torch.bfloat16))
+    results = []
+    for device in ("cpu", "cuda"):
+        leaf = student.to(device).requires_grad_()
+        logits = (leaf * 1)[:, :-1]
+        loss, metrics = distillation_loss(
+            logits, teacher.to(device)[:, :-1], vocab_size=990, inplace=inplace, return_metrics=True
+        )
+        loss.backward()
+        results.append([loss, leaf.grad, *vars(metrics).values()])
+    for host, device in zip(*results, strict=True):
+        torch.testing.assert_close(device.cpu().float(), host.float(), rtol=1e-2, atol=1e-5)
+    assert (results[1][1][..., 990:] == 0).all() and (results[1][1][:, -1] == 0).all()

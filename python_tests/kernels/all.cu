@@ -1,6 +1,8 @@
 // Every kernel that the extension instantiates, without torch: for ptxas to report registers and spills of.
 #include "cuda/divergence.cuh"
+#include "cuda/pack_logits.cuh"
 #include "cuda/scale_rows.cuh"
+#include "cuda/unpack_logits.cuh"
 
 using namespace distillm;
 

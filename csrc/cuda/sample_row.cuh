@@ -1,0 +1,144 @@
+// One row of logits as the passes of `sample_tokens` see it, and the walk over it.
+//
+// The row is cut into chunks of 16 bytes (chunk.cuh) at aligned addresses; 128 chunks make a tile, which one warp
+// visits with four loads in flight per lane: lane l holds the chunks l, l + 32, l + 64 and l + 96 of it. Tile t belongs
+// to warp t modulo warps in every pass, so that a staged chunk is read by the lane that wrote it. Entries that the row
+// does not have read as -inf.
+//
+// The first pass keeps the first `staged` chunks in shared memory; later ones read the others from memory again.
+// Repetition penalty and mask are two bitmaps in shared memory, applied as an entry is unpacked; the raw row stays.
+#pragma once
+
+#include <math_constants.h>
+
+#include "../math/sampling_rule.h"
+#include "../ops/sample_call.h"
+#include "chunk.cuh"
+#include "reduce.cuh"
+
+namespace distillm {
+
+constexpr int kLaneChunks = 4;
+constexpr int kTileChunks = kLaneChunks * kWarp;
+
+struct SampleArguments {
+  SampleCall call;
+  int32_t staged_chunks;  // that dynamic shared memory has room for, after the bitmaps
+};
+
+// 32-bit words of the two bitmaps, a multiple of 16 bytes.
+__host__ __device__ constexpr int bitmap_words(int vocab) { return (vocab + 127) / 128 * 8; }
+
+template <class T>
+struct SampleRow {
+  static constexpr int N = 16 / static_cast<int>(sizeof(T));
+  using Loaded = Chunk<T, N>;
+
+  const T* row;
+  int vocab, phase, chunks, tiles, staged;
+  uint4* slots;
+  uint32_t* penalised_bits;  // null where nothing is penalised or banned
+  uint32_t* banned_bits;
+  float penalty;
+
+  __device__ SampleRow(const SampleArguments& a, int64_t index, float penalty, uint4* shared)
+      : row(static_cast<const T*>(a.call.logits) + index * a.call.stride),
+        vocab(static_cast<int>(a.call.vocab)),
+        phase(phase_of<T, N>(row)),
+        chunks((vocab + phase + N - 1) / N),
+        tiles((chunks + kTileChunks - 1) / kTileChunks),
+        staged(a.staged_chunks),
+        slots(shared),
+        penalised_bits(nullptr),
+        banned_bits(nullptr),
+        penalty(penalty) {
+    if (!a.call.previous && !a.call.banned) return;
+    const int words = bitmap_words(vocab);
+    penalised_bits = reinterpret_cast<uint32_t*>(shared);
+    banned_bits = penalised_bits + words / 2;
+    slots = shared + words / 4;
+  }
+
+  // Fills the bitmaps; every thread of the block takes part.
+  __device__ void read_lists(const SampleCall& call, int64_t index) const {
+    if (!penalised_bits) return;
+    for (int w = threadIdx.x; w < bitmap_words(vocab); w += blockDim.x) penalised_bits[w] = 0;
+    __syncthreads();
+    const int64_t* previous = call.previous ? call.previous + index * call.previous_count : nullptr;
+    for (int64_t i = threadIdx.x; i < call.previous_count; i += blockDim.x) {
+      const int64_t id = previous[i];
+      if (id >= 0 && id < vocab) atomicOr(penalised_bits + (id >> 5), 1u << (id & 31));
+    }
+    const bool* banned = call.banned ? call.banned + index * call.banned_stride : nullptr;
+    for (int v = threadIdx.x; banned && v < vocab; v += blockDim.x) {
+      if (banned[v]) atomicOr(banned_bits + (v >> 5), 1u << (v & 31));
+    }
+    __syncthreads();
+  }
+
+  __device__ int first_entry(int chunk) const { return chunk * N - phase; }
+
+  template <bool kFirst>
+  __device__ Loaded load(int chunk) const {
+    if (chunk >= chunks) return load_partial<T, N>(row, 0, 0);
+    if (!kFirst && chunk < staged) return load_aligned<T, N>(slots + chunk);
+    const int first = first_entry(chunk);
+    const Loaded loaded =
+        first >= 0 && first + N <= vocab ? load_aligned<T, N>(row + first) : load_partial<T, N>(row, vocab, first);
+    if (kFirst && chunk < staged) store_aligned<T, N>(slots + chunk, loaded);
+    return loaded;
+  }
+
+  __device__ static bool bit(const uint32_t* bits, int v) { return bits[v >> 5] >> (v & 31) & 1u; }
+
+  __device__ void adjust(int first, float (&z)[N]) const {
+    if (!penalised_bits) return;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int v = first + i;
+      if (v < 0 || v >= vocab) continue;
+      if (bit(penalised_bits, v)) z[i] = penalised(z[i], penalty);
+      if (bit(banned_bits, v)) z[i] = -CUDART_INF_F;
+    }
+  }
+
+  // Pass 1: visit_chunk(id of the first entry, raw logits), four loads in flight per lane.
+  template <class VisitChunk>
+  __device__ void visit_raw(VisitChunk&& visit_chunk) const {
+    const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+#pragma unroll 1
+    for (int tile = threadIdx.x / kWarp; tile < tiles; tile += warps) {
+      Loaded loaded[kLaneChunks];
+#pragma unroll
+      for (int j = 0; j < kLaneChunks; ++j) loaded[j] = load<true>(tile * kTileChunks + j * kWarp + lane);
+#pragma unroll
+      for (int j = 0; j < kLaneChunks; ++j) {
+        float z[N];
+        unpack(loaded[j], z);
+        visit_chunk(first_entry(tile * kTileChunks + j * kWarp + lane), z);
+      }
+    }
+  }
+
+  // Later passes: visit_chunk(id of the first entry, logits after penalty and mask), end_tile(tile) by whole warps.
+  template <class VisitChunk, class EndTile>
+  __device__ void visit(VisitChunk&& visit_chunk, EndTile&& end_tile) const {
+    const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+#pragma unroll 1
+    for (int tile = threadIdx.x / kWarp; tile < tiles; tile += warps) {
+#pragma unroll 1
+      for (int j = 0; j < kLaneChunks; ++j) visit_one(tile * kTileChunks + j * kWarp + lane, visit_chunk);
+      end_tile(tile);
+    }
+  }
+  template <class VisitChunk>
+  __device__ void visit_one(int chunk, VisitChunk&& visit_chunk) const {
+    float z[N];
+    unpack(load<false>(chunk), z);
+    const int first = first_entry(chunk);
+    adjust(first, z);
+    visit_chunk(first, z);
+  }
+};
+
+}  // namespace distillm

@@ -1,0 +1,122 @@
+// Integer searches of `sample_tokens` over shared memory: a digit of a histogram, a position in the tiles of a row, a
+// threshold among listed candidates. Sums of integers only: the result does not depend on the order of threads.
+#pragma once
+
+#include "sample_row.cuh"
+
+namespace distillm {
+
+constexpr int kDigits = 2048;        // of a radix step, with 64-bit sums
+constexpr int kCoarseDigits = 4096;  // of the search for a bound, with 32-bit counts
+constexpr int kListed = 1024;        // candidates that are ranked by comparing each with each
+constexpr int kSegments = kWarp;
+constexpr int kMostTiles = 2064;  // of the longest row: 2^20 entries, 4 per chunk, 128 chunks per tile
+
+// What the searches share. `sums` holds a histogram, the masses of the tiles, or the masses of kept candidates.
+struct SearchScratch {
+  union {
+    unsigned long long sums[kMostTiles];
+    uint32_t counts[kCoarseDigits];
+  };
+  unsigned long long segment[kSegments];
+  unsigned long long mass[kListed];
+  uint32_t key[kListed];
+  int32_t id[kListed];
+  int32_t listed;  // how many candidates there were, listed or not
+  int32_t answer;
+  unsigned long long total, part;
+};
+
+__device__ __forceinline__ unsigned long long warp_total(unsigned long long x) {
+#pragma unroll
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
+  return x;
+}
+
+// Sum over this lane and the ones below.
+__device__ __forceinline__ unsigned long long warp_inclusive(unsigned long long x) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const unsigned long long lower = __shfl_up_sync(kAllLanes, x, step);
+    if (threadIdx.x % kWarp >= step) x += lower;
+  }
+  return x;
+}
+
+// The first lane at which the running sum of a warp, on top of `before`, exceeds `point`; -1 where none does. `before`
+// becomes the sum up to that lane, or of all.
+__device__ __forceinline__ int warp_locate(unsigned long long x, unsigned long long point, unsigned long long& before) {
+  const unsigned long long running = before + warp_inclusive(x);
+  const int lane = __ffs(__ballot_sync(kAllLanes, running > point)) - 1;
+  before = __shfl_sync(kAllLanes, lane < 0 ? running : running - x, lane < 0 ? kWarp - 1 : lane);
+  return lane;
+}
+
+// The highest digit at which the sum from the top exceeds `point`, and the sum above it.
+struct Digit {
+  int digit;  // -1: the whole histogram does not exceed it
+  unsigned long long above;
+};
+
+// Sums per segment of the histogram; the histogram is complete. Followed by a barrier, then every thread may search.
+template <int kBins, class Sum>
+__device__ void sum_segments(const Sum* histogram, SearchScratch& scratch) {
+  constexpr int kPerSegment = kBins / kSegments;
+  const int lane = threadIdx.x % kWarp;
+  for (int s = threadIdx.x / kWarp; s < kSegments; s += blockDim.x / kWarp) {
+    unsigned long long sum = 0;
+#pragma unroll
+    for (int i = 0; i < kPerSegment; i += kWarp) sum += histogram[s * kPerSegment + i + lane];
+    sum = warp_total(sum);
+    if (lane == 0) scratch.segment[s] = sum;
+  }
+}
+
+__device__ __forceinline__ unsigned long long histogram_total(const SearchScratch& scratch) {
+  return warp_total(scratch.segment[threadIdx.x % kWarp]);
+}
+
+// Every warp searches for itself.
+template <int kBins, class Sum>
+__device__ Digit find_digit(const Sum* histogram, const SearchScratch& scratch, unsigned long long point) {
+  constexpr int kPerSegment = kBins / kSegments;
+  const int lane = threadIdx.x % kWarp;
+  unsigned long long above = 0;
+  const int from_top = warp_locate(scratch.segment[kSegments - 1 - lane], point, above);
+  if (from_top < 0) return {-1, above};
+  const int top = (kSegments - from_top) * kPerSegment - 1;
+  for (int i = 0; i < kPerSegment; i += kWarp) {
+    const int found = warp_locate(histogram[top - i - lane], point, above);
+    if (found >= 0) return {top - i - found, above};
+  }
+  return {-1, above};  // unreachable: the segment exceeds the point
+}
+
+// Appends an entry to the list, whose order does not matter.
+__device__ __forceinline__ void append(SearchScratch& scratch, uint32_t key, int id, float weight) {
+  const int at = atomicAdd(&scratch.listed, 1);
+  if (at >= kListed) return;
+  scratch.key[at] = key;
+  scratch.id[at] = id;
+  scratch.mass[at] = mass_of(weight);
+}
+
+// Of the listed candidates before i in the order of selection: larger logits first, lower ids among equal ones.
+struct Preceding {
+  int count;
+  unsigned long long mass;
+};
+
+__device__ __forceinline__ Preceding preceding(const SearchScratch& scratch, const unsigned long long* mass, int i) {
+  Preceding sum{0, 0};
+  const uint32_t key = scratch.key[i];
+  const int id = scratch.id[i];
+  for (int j = 0; j < scratch.listed; ++j) {
+    const bool before = scratch.key[j] > key || (scratch.key[j] == key && scratch.id[j] < id);
+    sum.count += before;
+    sum.mass += before ? mass[j] : 0;
+  }
+  return sum;
+}
+
+}  // namespace distillm

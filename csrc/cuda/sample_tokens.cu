@@ -1,0 +1,74 @@
+// `sample_tokens` on CUDA: one block per row, as much of the row in shared memory as a block may have.
+#include <algorithm>
+
+#include "../ops/sample_tokens.h"
+#include "launch.h"
+#include "sample_tokens.cuh"
+
+namespace distillm {
+namespace {
+
+struct SampleKernel {
+  void (*function)(SampleArguments);
+  int chunk_entries;
+};
+
+template <class T>
+SampleKernel instantiated() {
+  return {sample_tokens_kernel<T>, SampleRow<T>::N};
+}
+
+SampleKernel kernel_for(ScalarType type) {
+  switch (element_type(type)) {
+    case ElementType::kBFloat16: return instantiated<BFloat16>();
+    case ElementType::kHalf: return instantiated<Half>();
+    default: return instantiated<float>();
+  }
+}
+
+// Rows share a multiprocessor as their staging allows; the threads of those blocks together should fill it. A warp
+// visits whole tiles.
+int threads_per_block(int64_t shared_bytes, int64_t chunks) {
+  const int64_t filling = shared_bytes > 72 * 1024 ? kSampleThreads : shared_bytes > 36 * 1024 ? 512 : 256;
+  const int64_t useful = (chunks + kTileChunks - 1) / kTileChunks * kWarp;
+  return static_cast<int>(std::min(filling, useful));
+}
+
+void launch(const SampleTensors& t, const DeviceScope& device) {
+  const SampleKernel kernel = kernel_for(t.type);
+  const int vocab = static_cast<int>(t.call.vocab);
+  check_grid(t.call.rows, vocab);
+  const int64_t chunks = most_chunks(vocab, kernel.chunk_entries);
+  const int64_t bitmaps = t.call.previous || t.call.banned ? int64_t{4} * bitmap_words(vocab) : 0;
+  const int64_t room =
+      device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(sizeof(SampleScratch)) - bitmaps;
+  STD_TORCH_CHECK(room >= 0, "previous_tokens and banned need ", bitmaps,
+                  " bytes of shared memory for this vocabulary, more than a block has on this device");
+  const int64_t staged = std::min(chunks, room / 16), shared_bytes = bitmaps + staged * 16;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(shared_bytes)));
+  const dim3 grid(static_cast<unsigned>(t.call.rows));
+  const int threads = threads_per_block(shared_bytes, chunks);
+  kernel.function<<<grid, threads, shared_bytes, device.stream()>>>({t.call, static_cast<int32_t>(staged)});
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(
+    const Tensor& logits, const std::optional<Tensor>& temperature_rows, const std::optional<Tensor>& top_k_rows,
+    const std::optional<Tensor>& top_p_rows, const std::optional<Tensor>& min_p_rows,
+    const std::optional<Tensor>& penalty_rows, const std::optional<Tensor>& seed_rows,
+    const std::optional<Tensor>& position_rows, const std::optional<Tensor>& previous,
+    const std::optional<Tensor>& banned, const std::optional<Tensor>& bits, double temperature, int64_t top_k,
+    double top_p, double min_p, double penalty, int64_t seed, int64_t position) {
+  const DeviceScope device(logits);
+  const SampleTensors t = prepare_sample({logits, temperature_rows, top_k_rows, top_p_rows, min_p_rows, penalty_rows,
+                                          seed_rows, position_rows, previous, banned, bits},
+                                         temperature, top_k, top_p, min_p, penalty, seed, position);
+  if (t.call.rows > 0) launch(t, device);
+  return t.outputs();
+}
+
+}  // namespace
+}  // namespace distillm
+
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { m.impl("sample_tokens", TORCH_BOX(&distillm::sample_tokens)); }

@@ -1,0 +1,140 @@
+"""The model as the decode loop calls it: out of its wrappers, in evaluation mode, logits of the last position only."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from distillm_ext.generation.linears import few_rows_linears
+from distillm_ext.generation.lockstep import Lockstep, is_sharded
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model inside DDP and `torch.compile`: neither has work to do in a forward pass without gradient, and compiled
+    code would be rebuilt at every new length. FSDP's wrapper stays: it makes the weights whole."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, (DistributedDataParallel, DataParallel)):
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        else:
+            return inner
+
+
+def causal_model(model: nn.Module) -> Any:
+    """The transformers model inside whatever wraps it.
+
+    Raises:
+        TypeError: not a causal language model.
+        ValueError: the adapter puts virtual tokens before the prompt.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
+    inner = unwrapped(model)
+    configs = getattr(inner, "peft_config", None)
+    if isinstance(configs, dict) and any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
+        raise ValueError(
+            "model: its adapter puts virtual tokens before the prompt (prompt or prefix tuning), which the decode loop "
+            "does not support; use LoRA or another adapter of the weights"
+        )
+    causal: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", inner)
+    if not hasattr(causal, "config") or not hasattr(causal, "get_output_embeddings"):
+        raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
+    return causal
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off, gradient checkpointing with it; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _last_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0][:, -1:], *args[1:])
+
+
+# What models call their cache: transformers up to 5.23 says past_key_values, from 5.24 on cache.
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+
+class CausalForward:
+    """Calls a causal language model for the next token's logits.
+
+    Args:
+        model: a causal LM of transformers, bare, PEFT, or wrapped for distribution.
+        group: the processes that share a sharded model; None is all.
+
+    Attributes:
+        config: the model's configuration.
+        device: where its inputs go.
+
+    Raises:
+        TypeError: not a causal language model.
+        ValueError: a model without a cache of keys and values.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        causal = causal_model(model)
+        self.model = unwrapped(model)
+        self.config = causal.config
+        self.device = causal.get_input_embeddings().weight.device
+        self.lockstep = Lockstep(is_sharded(self.model), self.device, group)
+        self.head = causal.get_output_embeddings()
+        self.accepts = set(inspect.signature(causal.forward).parameters)
+        names = [name for name in _CACHE_ARGUMENTS if name in self.accepts]
+        if not names:
+            raise ValueError(
+                f"model: {type(causal).__name__}.forward takes neither cache nor past_key_values; the decode loop needs "
+                "a model that caches keys and values"
+            )
+        self.cache_argument = names[0]
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Evaluation mode, no gradient, linear layers for few rows; the head sees the last position where the model has
+        no option for that."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluation_mode(self.model))
+            stack.enter_context(few_rows_linears(self.model))
+            if "logits_to_keep" not in self.accepts and self.head is not None:
+                stack.callback(self.head.register_forward_pre_hook(_last_position).remove)
+            yield
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+        """[rows, V] logits of the token that follows.
+
+        Args:
+            input_ids: [rows, new] int64.
+            attention_mask: [rows, columns of the cache + new], or None where nothing is padding.
+            positions: [rows, new] int64, positions within each row's own text.
+            cache: keys and values so far; extended.
+        """
+        self.lockstep.tick()
+        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+        known = {name: value for name, value in options.items() if name in self.accepts}
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=True, return_dict=True, **known,
+            **{self.cache_argument: cache},
+        )  # fmt: skip
+        return output.logits[:, -1]
+
+    def keep_step(self) -> None:
+        """Takes part in the forward passes of the other processes until all of them are done."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        while self.lockstep.others_go_on():
+            self.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False, return_dict=True)

@@ -1,0 +1,97 @@
+"""Operators `sparse_divergence` and, in place, `sparse_divergence_`: typed calls, fakes, autograd."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .divergence import DivergenceOptions, RowSides, _scaled, refuse_second_derivative, row_outputs
+from .divergence_inplace import overwrite
+
+
+class CompressedRows(NamedTuple):
+    """A compressed teacher as the operators take it: R rows of K entries, in the loss's dtype, at its temperature."""
+
+    ids: Tensor  # [R, K] int32
+    logprobs: Tensor  # [R, K], at T = 1
+    log_norm: Tensor  # [R]
+    tail_logprob: Tensor  # [R]
+    counts: Tensor | None  # [R, K] int32, for tail "sampled"
+    vocab_size: int
+    tail: str
+
+
+def _arguments(
+    teacher: CompressedRows, sides: RowSides, options: DivergenceOptions, vocab_size: int
+) -> tuple[Any, ...]:
+    """What both operators take after the student, in the order of their schemas."""
+    return (
+        *teacher[:5], *sides, options.divergence, teacher.tail, options.alpha, options.beta, options.temperature,
+        options.ce_weight, options.ignore_index, options.detach_mixture, vocab_size, teacher.vocab_size,
+    )  # fmt: skip
+
+
+def sparse_divergence(
+    student: Tensor,
+    teacher: CompressedRows,
+    sides: RowSides,
+    options: DivergenceOptions,
+    *,
+    vocab_size: int = 0,
+    inplace: bool = False,
+) -> Tensor:
+    """Losses [R] of student [R, V] or [B, S, V] (R = B S) against a compressed teacher, differentiable in `student`.
+
+    Rows, masks and gradients as in `ops.divergence.divergence`; with `inplace` as in `divergence_inplace`.
+    """
+    arguments = _arguments(teacher, sides, options, vocab_size)
+    if inplace:
+        return overwrite(_overwriting, student, arguments)[0]
+    need_gradient = torch.is_grad_enabled() and student.requires_grad
+    return torch.ops.distillm_ext.sparse_divergence(student, *arguments, need_gradient)[0]
+
+
+def _overwriting(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    loss = torch.ops.distillm_ext.sparse_divergence_(student, *arguments)
+    return loss, loss.new_empty(0)  # a compressed teacher has no metrics
+
+
+_ARGUMENTS = 21
+
+
+@torch.library.register_fake("distillm_ext::sparse_divergence")
+def _sparse_divergence_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    loss, _ = row_outputs(student, need_metrics=False)
+    return loss, student.new_empty(student.shape if arguments[-1] else (0,))
+
+
+@torch.library.register_fake("distillm_ext::sparse_divergence_")
+def _sparse_divergence_inplace_fake(student: Tensor, *arguments: Any) -> Tensor:
+    return row_outputs(student, need_metrics=False)[0]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, gradient = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gradient)
+    ctx.need_gradient = inputs[-1]
+    if ctx.need_gradient:
+        ctx.save_for_backward(gradient)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing: tuple[None, ...] = (None,) * (_ARGUMENTS - 1)
+    if grad_loss is None:
+        return (None, *nothing)
+    if not ctx.need_gradient:
+        raise RuntimeError(
+            "distillm_ext::sparse_divergence was called with need_gradient=False; call it with True to train."
+        )
+    refuse_second_derivative()
+    (gradient,) = ctx.saved_tensors
+    return (_scaled(gradient, grad_loss), *nothing)
+
+
+torch.library.register_autograd("distillm_ext::sparse_divergence", _backward, setup_context=_setup_context)

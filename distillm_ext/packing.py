@@ -1,0 +1,190 @@
+"""`pack` and `unpack`: compressed logits as bytes and back, on the device where they are.
+
+A record has a fixed number of bytes, decided by k, the vocabulary size, the temperatures, the codec and whether there
+are labels and counts; `record_bytes` says how many. `distillm_ext._codec` makes the same bytes from NumPy arrays
+without torch.
+
+What a codec keeps of the log-probabilities at T = 1, with r = min(largest - smallest, 32 nats) over the row:
+
+======  ===================  ==========================================================
+codec   bits per value       error before the shift below
+======  ===================  ==========================================================
+q4      4                    at most r / 30
+q6      6                    at most r / 126
+q8      8                    at most r / 510
+fp16    16                   at most 2^-11 of the value (from -65504 on)
+exact   32                   none
+======  ===================  ==========================================================
+
+The q codecs cut uniform steps from the row's largest value downwards: the largest has no error, and what lies more
+than 32 nats below it (a factor of 1.3e-14) is stored as 32 nats below it. After decoding, all but "exact" add one
+constant per row, so that kept entries and tail sum to 1 at T = 1. It is no larger than the error above (plus 5e-4 from
+the rounding of the tail): in all, an error is at most twice the bound above, plus 5e-4. Without T = 1 among the
+temperatures there is no such tail; the largest value is then a float16 and nothing is added.
+
+Ids are exact. `tail_logprob` and `label_logprob` are float16 (float32 in "exact"), where a log tail mass that would
+round to 0 beside kept entries becomes -2^-24. `log_norm` follows from values and tail, so that probabilities sum to 1
+at every temperature (method "topk"), or is float16 ("sample").
+
+Unpacked entries are sorted as `CompressedLogits` says; "exact" returns them bit by bit in the order they had. An
+invalid row stays invalid: all padding, NaN in the other fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .containers_compressed import METHODS, CompressedLogits
+from .ops import pack_logits as ops
+from .ops.extension import require_backend
+
+CODECS = ("q4", "q6", "q8", "fp16", "exact")
+
+
+def _checked_codec(codec: str) -> str:
+    if codec not in CODECS:
+        raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
+    return codec
+
+
+def _checked_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+    if isinstance(temperatures, (str, Tensor)) or not isinstance(temperatures, Sequence):
+        raise TypeError(f"temperatures must be a sequence of numbers, got {type(temperatures).__name__}")
+    return tuple(float(t) for t in temperatures)
+
+
+def record_bytes(
+    codec: str,
+    *,
+    k: int,
+    vocab_size: int,
+    temperatures: Sequence[float] = (1.0,),
+    labels: bool = True,
+    method: str = "topk",
+) -> int:
+    """Bytes of one packed position.
+
+    Raises:
+        ValueError: unknown codec or method, k outside of 1..4096, vocab_size outside of 1..2^30, bad temperatures.
+
+    Example:
+        >>> record_bytes("q8", k=64, vocab_size=151936)
+        176
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be 'topk' or 'sample', got {method!r}")
+    temperatures = _checked_temperatures(temperatures)
+    return ops.record_bytes(_checked_codec(codec), k, vocab_size, temperatures, labels, method == "sample")
+
+
+def pack(compressed: CompressedLogits, codec: str = "q8") -> Tensor:
+    """Compressed logits as bytes.
+
+    Args:
+        compressed: [...] positions, of both methods, on a CPU or CUDA device.
+        codec: "q4", "q6", "q8", "fp16" or "exact"; the table of this module gives their errors.
+
+    Returns:
+        uint8 [..., bytes] on the same device, bytes = `record_bytes` of the same settings.
+
+    Raises:
+        TypeError: not a CompressedLogits; "exact" for float64 log-probabilities, which it cannot hold.
+        ValueError: unknown codec.
+
+    Example:
+        >>> compressed = compress_logits(torch.randn(2, 8, 32000), k=64)
+        >>> pack(compressed, "q8").shape
+        torch.Size([2, 8, 147])
+    """
+    if not isinstance(compressed, CompressedLogits):
+        raise TypeError(f"compressed must be CompressedLogits, got {type(compressed).__name__}")
+    if _checked_codec(codec) == "exact" and compressed.logprobs.dtype == torch.float64:
+        raise TypeError("codec 'exact' stores float32, got float64 log-probabilities; convert them or use 'fp16'")
+    require_backend(compressed.device, "compressed")
+    # Before the operator, so that a bad setting is a ValueError.
+    ops.record_bytes(
+        codec,
+        compressed.k,
+        compressed.vocab_size,
+        compressed.temperatures,
+        compressed.label_logprob is not None,
+        compressed.counts is not None,
+    )
+    rows = compressed.flatten()
+    packed = ops.pack_logits(
+        rows.ids,
+        rows.logprobs.float(),
+        rows.log_norm.float(),
+        rows.tail_logprob.float(),
+        None if rows.label_logprob is None else rows.label_logprob.float(),
+        rows.valid,
+        rows.counts,
+        rows.vocab_size,
+        rows.temperatures,
+        codec,
+    )
+    return packed.reshape(*compressed.shape, packed.shape[1])
+
+
+def unpack(
+    packed: Tensor,
+    *,
+    codec: str = "q8",
+    k: int,
+    vocab_size: int,
+    temperatures: Sequence[float] = (1.0,),
+    method: str = "topk",
+) -> CompressedLogits:
+    """Inverse of `pack`, up to the error of the codec.
+
+    Whether there are label log-probabilities follows from the number of bytes. Any bytes of the right width are safe to
+    unpack: what cannot be an entry becomes padding, what cannot be a row an invalid one. Detecting damage is the task
+    of the cache.
+
+    Args:
+        packed: uint8 [..., bytes] on a CPU or CUDA device.
+        codec, k, vocab_size, temperatures, method: as they were packed.
+
+    Raises:
+        TypeError: packed is not a uint8 tensor.
+        ValueError: unknown codec or method, or a width that does not fit the settings.
+
+    Example:
+        >>> unpack(packed, codec="q8", k=64, vocab_size=32000).ids.shape
+        torch.Size([2, 8, 64])
+    """
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
+        got = packed.dtype if isinstance(packed, Tensor) else type(packed).__name__
+        raise TypeError(f"packed must be a tensor of dtype torch.uint8, got {got}")
+    require_backend(packed.device, "packed")
+    temperatures = _checked_temperatures(temperatures)
+    widths = [
+        record_bytes(codec, k=k, vocab_size=vocab_size, temperatures=temperatures, labels=labels, method=method)
+        for labels in (False, True)
+    ]
+    if packed.dim() < 1 or packed.shape[-1] not in widths:
+        raise ValueError(
+            f"packed must have shape [..., {widths[1]}] (with labels) or [..., {widths[0]}] for codec {codec!r}, "
+            f"k = {k}, vocab_size = {vocab_size}, {len(temperatures)} temperatures and method {method!r}, "
+            f"got {list(packed.shape)}"
+        )
+    labels, counted, shape = packed.shape[-1] == widths[1], method == "sample", packed.shape[:-1]
+    rows = packed.reshape(shape.numel(), packed.shape[-1])
+    ids, logprobs, log_norm, tail, label, valid, counts = ops.unpack_logits(
+        rows, codec, k, vocab_size, temperatures, labels, counted
+    )
+    flat = CompressedLogits(
+        ids=ids,
+        logprobs=logprobs,
+        log_norm=log_norm,
+        tail_logprob=tail,
+        label_logprob=label if labels else None,
+        valid=valid,
+        counts=counts if counted else None,
+        temperatures=temperatures,
+        vocab_size=vocab_size,
+    )
+    return flat.reshape(*shape)

@@ -1,0 +1,162 @@
+"""What a cache is: its settings, and the list of its shards with their hashes, as JSON that protects itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from distillm_ext import _codec
+from distillm_ext.files import sync_directory, write_text
+
+from .errors import CacheDamaged, CacheError, CacheMismatch
+
+FORMAT = "distillm-teacher-cache"
+VERSION = 1
+MANIFEST = "manifest.json"
+_FINGERPRINTS = ("teacher", "tokenizer", "dataset")
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Settings that every row of a cache shares.
+
+    Attributes:
+        vocab_size, k, method, codec, temperatures: of the compressed logits, as in `compress_logits` and `pack`.
+        labels: whether the log-probability of the label is stored.
+        teacher, tokenizer, dataset: fingerprints (`distillm_ext.teacher.fingerprint`), "" where unknown.
+        details: anything else worth keeping, such as names and the seed; JSON values.
+    """
+
+    vocab_size: int
+    k: int = 64
+    method: str = "topk"
+    codec: str = "q8"
+    temperatures: tuple[float, ...] = (1.0,)
+    labels: bool = True
+    teacher: str = ""
+    tokenizer: str = ""
+    dataset: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        if self.method not in ("topk", "sample"):
+            raise ValueError(f"method must be 'topk' or 'sample', got {self.method!r}")
+        _ = self.record_bytes  # a ValueError for settings that no record can have
+
+    @property
+    def record(self) -> tuple[str, int, int, tuple[float, ...], bool, bool]:
+        """codec, k, vocab_size, temperatures, has_labels, has_counts: what `_codec` asks for."""
+        return (self.codec, self.k, self.vocab_size, self.temperatures, self.labels, self.method == "sample")
+
+    @property
+    def record_bytes(self) -> int:
+        return _codec.record_bytes(*self.record)
+
+    def check_equal(self, other: CacheSpec, what: str) -> None:
+        """Raise `CacheMismatch` that lists every setting in which `other` differs; `details` may."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "details"}
+        different = [
+            f"{name}: {mine!r} there, {theirs!r} here" for name, (mine, theirs) in pairs.items() if mine != theirs
+        ]
+        if different:
+            raise CacheMismatch(f"{what} was made with other settings ({'; '.join(different)}); use another folder")
+
+    def check_fingerprints(self, path: Path, expected: dict[str, str | None]) -> None:
+        """Raise `CacheMismatch` naming those of teacher, tokenizer and data set that differ; None is not compared."""
+        different = [
+            f"{name} (cache {_short(getattr(self, name))}, here {_short(value)})"
+            for name, value in expected.items()
+            if value is not None and value != getattr(self, name)
+        ]
+        if different:
+            raise CacheMismatch(
+                f"the cache {path} was made for another {' and another '.join(different)}; capture again, or open it "
+                "with what it was made for"
+            )
+
+
+def _short(fingerprint: str) -> str:
+    return f"{fingerprint[:12]}…" if len(fingerprint) > 12 else fingerprint or "none"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A shard as written.
+
+    Attributes:
+        file: name in the folder of the cache.
+        rows, positions, bytes: how many.
+        sha256: of the whole file.
+        structure: SHA-256 of the file without its `bulk` ranges, which the checksums of the rows protect.
+        bulk: [start, stop) byte ranges, ascending.
+    """
+
+    file: str
+    rows: int
+    positions: int
+    bytes: int
+    sha256: str
+    structure: str
+    bulk: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ShardInfo:
+        return cls(**{**values, "bulk": tuple((int(a), int(b)) for a, b in values["bulk"])})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Settings and shards. A cache in progress has one such file per shard, a finished one `manifest.json`."""
+
+    spec: CacheSpec
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def positions(self) -> int:
+        return sum(shard.positions for shard in self.shards)
+
+    def write(self, path: Path) -> None:
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "record_bytes": self.spec.record_bytes,
+            "rows": self.rows,
+            "positions": self.positions,
+            **asdict(self.spec),
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        write_text(path, json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True) + "\n")
+        sync_directory(path.parent)
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Raises `CacheDamaged` for anything that `write` did not write, `CacheError` for another version."""
+        try:
+            body = json.loads(path.read_bytes())
+            checksum = body.pop("checksum", None)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise CacheDamaged(f"{path} is damaged: {error}; capture again") from None
+        if body.get("format") != FORMAT:
+            raise CacheError(f"{path} is not the manifest of a cache of teacher logits (format {body.get('format')!r})")
+        if checksum != _checksum(body):
+            raise CacheDamaged(f"{path} is damaged: its checksum does not fit; capture again")
+        if body["version"] != VERSION:
+            raise CacheError(
+                f"{path} has format version {body['version']}, this distillm_ext reads version {VERSION}; capture "
+                "again, or use the distillm_ext that made it"
+            )
+        spec = CacheSpec(**{f.name: body[f.name] for f in fields(CacheSpec)})
+        return cls(spec, tuple(ShardInfo.from_json(shard) for shard in body["shards"]))
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
