@@ -14,15 +14,26 @@ struct NoScratch {};
 
 // The teacher's logits are what they are.
 struct OwnTeacher {
-  __device__ float logit(float, float teacher) const { return teacher; }
+  template <int N>
+  __device__ void replace(const float (&)[N], float (&)[N]) const {}
 };
 
-// Student's and teacher's logits blended, each less the logarithm of its own sum of exponentials.
+// Student's and teacher's logits blended, each less the logarithm of its own sum of exponentials. t, of the row, is
+// looked at once per chunk. At its ends only one side counts.
 struct BlendedTeacher {
   float student_shift, teacher_shift, t;
 
-  __device__ float logit(float student, float teacher) const {
-    return blended_logit(student - student_shift, teacher - teacher_shift, t);
+  template <int N>
+  __device__ void replace(const float (&student)[N], float (&teacher)[N]) const {
+    if (t > 0 && t < 1) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        teacher[i] = blended_between(student[i] - student_shift, teacher[i] - teacher_shift, t);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) teacher[i] = t == 0 ? student[i] - student_shift : teacher[i] - teacher_shift;
+    }
   }
 };
 
@@ -57,8 +68,7 @@ struct MemberOfRow<Interpolated<float>> {
     rows.visit(max(rows.student.vocab, rows.teacher.vocab), [&](Place place) {
       float student_logits[N], teacher_logits[N];
       rows.logits(place, student_logits, teacher_logits);
-#pragma unroll
-      for (int i = 0; i < N; ++i) teacher_logits[i] = blend.logit(student_logits[i], teacher_logits[i]);
+      blend.replace(student_logits, teacher_logits);
       sum.add(teacher_logits, scaled.scale);
     });
     scratch.publish(scaled, sum);

@@ -125,15 +125,15 @@ struct EntryTerms {
   TeacherLogits teacher;
 
   __device__ Entry<float> entry(float student_logit, float teacher_logit) const {
-    const float log2_q = q.log2_probability(student_logit);
-    const float log2_p = p.log2_probability(teacher.logit(student_logit, teacher_logit));
+    const float log2_q = q.log2_probability(student_logit), log2_p = p.log2_probability(teacher_logit);
     return {log2_p, log2_q, exp2_fast(log2_p), exp2_fast(log2_q)};
   }
 
-  // Adds the values of a chunk's terms to `value`; G of every entry.
+  // Adds the values of a chunk's terms to `value`; G of every entry. Spends the teacher's logits.
   template <int N>
-  __device__ void chunk(const float (&student_logits)[N], const float (&teacher_logits)[N], float& value,
+  __device__ void chunk(const float (&student_logits)[N], float (&teacher_logits)[N], float& value,
                         float (&g)[N]) const {
+    teacher.replace(student_logits, teacher_logits);
     FunctorChoice<Functor>::make(functor, [&](const auto& chosen) {
 #pragma unroll
       for (int i = 0; i < N; i += 2) {

@@ -21,8 +21,12 @@ constexpr Real kMinusInfinity = -std::numeric_limits<Real>::infinity();
 // would lose their digits in the difference. Exactly the student where both are equal, and the plain side at t = 0 and
 // t = 1; an entry of -inf on a side that counts is -inf. A NaN of the teacher stays one.
 template <class Real>
+DISTILLM_HD Real blended_between(Real student, Real teacher, Real t) {  // 0 < t < 1
+  return student == kMinusInfinity<Real> ? student : student + t * (teacher - student);
+}
+template <class Real>
 DISTILLM_HD Real blended_logit(Real student, Real teacher, Real t) {
-  const Real between = student == kMinusInfinity<Real> ? student : student + t * (teacher - student);
+  const Real between = blended_between(student, teacher, t);
   const Real blended = student == teacher ? student : t == Real(0) ? student : t == Real(1) ? teacher : between;
   return teacher == teacher ? blended : teacher;
 }
