@@ -161,7 +161,7 @@ struct SampledRow {
     if (rule.top_k > groups) return kLowest;
     const SampleCandidates maxima{scratch.group_maximum, nullptr, nullptr, scratch.candidates.order, groups};
     const Threshold threshold = radix_threshold<CountOf>(maxima, static_cast<uint64_t>(rule.top_k));
-    return at_least(logit_of_key(threshold.key), kLowest);
+    return at_least(number_of_key(threshold.key), kLowest);
   }
 
   // The logit where the weight is `weight`, less a margin for the rounding of weights.

@@ -185,7 +185,7 @@ __device__ Kept row_threshold(const SampleRow<T>& row, SearchScratch& scratch, T
   }
   // Equal logits measure the same: how many of them complete the target, and the id of the last.
   const uint32_t key = measure.inside.digits;
-  const unsigned long long each = measure.whole(logit_of_key(key));
+  const unsigned long long each = measure.whole(number_of_key(key));
   measure.by_mass = false;
   sum_tiles(row, scratch, measure);
   locate(row, scratch, measure, false, (target - above + each - 1) / each - 1);

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "exponential.h"
+#include "ordered_key.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {
@@ -93,14 +94,6 @@ DISTILLM_HD uint64_t nucleus_mass(float p, uint64_t total) {
   const uint64_t mass = high + (low >> 32) + ((low & 0xffffffffu) ? 1 : 0);
   return mass > 0 ? mass : 1;
 }
-
-// An integer in the order of the logits; both zeros get the same one. z must not be NaN.
-DISTILLM_HD uint32_t ordered_key(float z) {
-  const uint32_t bits = bit_cast<uint32_t>(z + 0.0f);
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-
-DISTILLM_HD float logit_of_key(uint32_t key) { return bit_cast<float>(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu)); }
 
 // Repetition penalty of CTRL (Keskar et al., 2019): positive logits shrink, negative ones grow in size.
 DISTILLM_HD float penalised(float z, float penalty) { return z < 0 ? z * penalty : z / penalty; }
