@@ -314,8 +314,10 @@ def test_race_check_sees_a_missing_barrier(barrier, tmp_path: Path, rng):
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_no_spills(arch):
-    """All kernels fit the 64 registers that 1024 threads leave, without spilling."""
+    """All kernels fit the 64 registers that 1024 threads leave, without spilling; sample_tokens has 768 threads."""
     kernels = ptxas_report(arch)
-    others = 6 + 3 + 3 + 2  # row_metrics; scale_rows and zero_rest for three dtypes; pack_logits, unpack_logits
+    # row_metrics; scale_rows, zero_rest and sample_tokens for three dtypes; pack_logits, unpack_logits
+    others = 6 + 3 + 3 + 3 + 2
     assert len(kernels) == 6 * len(DIVERGENCES) + others
-    assert [k for k in kernels if k.spill_bytes or k.stack_bytes or k.registers > 64] == []
+    assert [k for k in kernels if k.spill_bytes or k.stack_bytes] == []
+    assert [k for k in kernels if k.registers > (80 if k.kernel.startswith("sample_tokens") else 64)] == []

@@ -1,6 +1,7 @@
 // Every kernel that the extension instantiates, without torch: for ptxas to report registers and spills of.
 #include "cuda/pack_logits.cuh"
 #include "cuda/row_metrics.cuh"
+#include "cuda/sample_tokens.cuh"
 #include "cuda/scale_rows.cuh"
 #include "cuda/unpack_logits.cuh"
 #include "cuda/zero_rest.cuh"
@@ -33,3 +34,7 @@ template __global__ void distillm::scale_rows_kernel<Half>(Half*, RowLayout, con
 template __global__ void distillm::zero_rest_kernel<float>(float*, RowLayout, int32_t, int32_t);
 template __global__ void distillm::zero_rest_kernel<BFloat16>(BFloat16*, RowLayout, int32_t, int32_t);
 template __global__ void distillm::zero_rest_kernel<Half>(Half*, RowLayout, int32_t, int32_t);
+
+template __global__ void distillm::sample_tokens_kernel<float>(const SampleArguments);
+template __global__ void distillm::sample_tokens_kernel<BFloat16>(const SampleArguments);
+template __global__ void distillm::sample_tokens_kernel<Half>(const SampleArguments);
