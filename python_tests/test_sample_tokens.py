@@ -93,7 +93,7 @@ def test_exact_count_among_equal_logits():
     assert torch.bincount(tokens, minlength=200).tolist() == [20] * 50 + [0] * 150
 
 
-@pytest.mark.parametrize("vocab", (151936, 262144))
+@pytest.mark.parametrize("vocab", (151936, 262144, 2**20 - 1))
 def test_largest_vocabularies(vocab):
     torch.manual_seed(4)
     row = torch.randn(vocab)
@@ -101,7 +101,7 @@ def test_largest_vocabularies(vocab):
     assert valid.all() and tokens[0] == 0 and tokens[-1] == vocab - 1
     np.testing.assert_allclose(filtered[0], row.log_softmax(0)[0], rtol=1e-5)
     flat = torch.zeros(vocab)  # the largest sum of weights
-    assert (draw_at(flat, Rule(), ALL_BITS)[0] == torch.tensor([0, 0, vocab // 2 - 1, vocab // 2, vocab - 1])).all()
+    assert (draw_at(flat, Rule(), ALL_BITS)[0] == torch.tensor([0, 0, (vocab - 1) // 2, vocab // 2, vocab - 1])).all()
 
 
 def test_masked_entries_are_never_drawn():
