@@ -5,7 +5,7 @@
 // exp2_portable has the same bits everywhere. An entry 31 nats below the maximum still weighs 1 unit; what lies deeper
 // is rounded to 0 or 1 and never carries more than 2^-45 of the maximum each.
 //
-// Sums of up to 2^20 weights fit 64 bits. Files that include this for the CPU are compiled without contraction of
+// Sums of less than 2^20 weights fit 64 bits. Files that include this for the CPU are compiled without contraction of
 // products and sums (fp-contract=off).
 #pragma once
 
@@ -30,7 +30,7 @@ DISTILLM_HD float multiply_then_add(float a, float b, float c) {
 #endif
 }
 
-// 2^x for x <= 0, rounded to a multiple of 2^-44: relative error < 3e-7 above 2^-21, absolute error < 2^-44 below.
+// 2^x for x <= 0, rounded to a multiple of 2^-44: relative error < 3e-7 above 2^-21, absolute error < 2^-43 below.
 // Exactly 1 at 0, 0 for -inf, NaN for NaN. The same bits on every device.
 //
 // x = n + f with |f| <= 1/2, a minimax polynomial in f (9.2e-8) times 2^n.

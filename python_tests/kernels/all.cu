@@ -1,4 +1,4 @@
-// Every kernel that the extension instantiates, without torch: for ptxas to report registers and spills of.
+// Every kernel of the divergences, of scaling and of the codec, without torch: for ptxas to report registers and spills of.
 #include "cuda/divergence.cuh"
 #include "cuda/pack_logits.cuh"
 #include "cuda/scale_rows.cuh"
