@@ -73,7 +73,7 @@ def cuda_counters(gpu: str = "H100-SXM", arch: str = "sm_90") -> list[harness.Ro
     from ptx_sampling import SamplingCase, launch_sampling, launch_shape
 
     rows = []
-    for rule in RULES[:4]:
+    for rule in RULES:
         for vocab in CUDA_VOCABULARIES:
             logits = (np.random.default_rng(0).standard_normal((1, vocab)) * 3).astype(ml_dtypes.bfloat16)
             case = SamplingCase(logits, **rule)

@@ -129,26 +129,27 @@ __device__ BracketSums bracket_pass(const SampleRow<T>& row, SearchScratch& scra
   return {collect_sum(scratch.segment), collect_sum(scratch.warp_sum)};
 }
 
-// Filters by top-p, or by top-k, then by min-p, and draws. False where the bracket does not hold the threshold.
+// Filters by top-p, or by top-k, and leaves the masses of tiles, after min-p, in the sums. False where the bracket does
+// not hold the threshold.
 template <class T>
-__device__ bool draw_from_bracket(const SampleRow<T>& row, const SamplingRule& rule, bool by_mass, Tempering tempering,
-                                  Bracket bracket, SearchScratch& scratch) {
+__device__ bool bracket_threshold(const SampleRow<T>& row, const SamplingRule& rule, bool by_mass, Tempering tempering,
+                                  Bracket bracket, SearchScratch& scratch, Kept& kept) {
   const BracketSums sums = bracket_pass(row, scratch, tempering, rule.min_p, by_mass, bracket);
   if (scratch.listed > kListed) return false;
   const unsigned long long count = static_cast<unsigned long long>(rule.top_k);
   const unsigned long long target = by_mass              ? nucleus_mass(rule.top_p, sums.total)
                                     : count < sums.total ? count
                                                          : sums.total;
-  const Kept kept = complete_in_list(scratch, by_mass, sums.above, target);
+  const Kept found = complete_in_list(scratch, by_mass, sums.above, target);
   const bool holds = scratch.answer >= 0;
   for (int i = threadIdx.x; holds && i < scratch.listed; i += blockDim.x) {
     const bool heavy = static_cast<float>(scratch.mass[i]) * static_cast<float>(1 / kMassUnits) >= rule.min_p;
-    if (heavy && kept(scratch.key[i], scratch.id[i])) {
+    if (heavy && found(scratch.key[i], scratch.id[i])) {
       atomicAdd(scratch.sums + row.tile_of(scratch.id[i]), scratch.mass[i]);
     }
   }
   __syncthreads();
-  if (holds) locate(row, scratch, Measure{tempering, true, {kept, 0u, 0u}, rule.min_p}, true, rule.bits);
+  if (holds) kept = found;
   return holds;
 }
 

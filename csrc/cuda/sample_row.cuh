@@ -80,21 +80,19 @@ struct SampleRow {
   __device__ int tile_of(int id) const { return (id + phase) / (N * kTileChunks); }
   __device__ static int chunk_of(int tile, int j) { return tile * kTileChunks + j * kWarp + threadIdx.x % kWarp; }
 
-  template <bool kFirst>
-  __device__ Loaded load(int chunk) const {
-    if (chunk >= chunks) return load_partial<T, N>(row, 0, 0);
-    if (!kFirst && chunk < staged) return load_aligned<T, N>(slots + chunk);
+  // `from_memory`: the first time; the chunk is staged then.
+  __device__ Loaded load(int chunk, bool from_memory) const {
+    if (!from_memory && chunk < staged) return load_aligned<T, N>(slots + chunk);
     const int first = first_entry(chunk);
     const Loaded loaded =
         first >= 0 && first + N <= vocab ? load_aligned<T, N>(row + first) : load_partial<T, N>(row, vocab, first);
-    if (kFirst && chunk < staged) store_aligned<T, N>(slots + chunk, loaded);
+    if (from_memory && chunk < staged) store_aligned<T, N>(slots + chunk, loaded);
     return loaded;
   }
 
-  template <bool kFirst>
-  __device__ void load_tile(int tile, Loaded (&loaded)[kLaneChunks]) const {
+  __device__ void load_tile(int tile, bool from_memory, Loaded (&loaded)[kLaneChunks]) const {
 #pragma unroll
-    for (int j = 0; j < kLaneChunks; ++j) loaded[j] = load<kFirst>(chunk_of(tile, j));
+    for (int j = 0; j < kLaneChunks; ++j) loaded[j] = load(chunk_of(tile, j), from_memory);
   }
 
   __device__ static bool bit(const uint32_t* bits, int v) { return bits[v >> 5] >> (v & 31) & 1u; }
@@ -118,11 +116,7 @@ struct SampleRow {
 #pragma unroll 1
     for (int tile = threadIdx.x / kWarp; tile < tiles; tile += warps) {
       Loaded loaded[kLaneChunks];
-      if (seen && comes_first(tile)) {
-        load_tile<false>(tile, loaded);
-      } else {
-        load_tile<true>(tile, loaded);
-      }
+      load_tile(tile, !(seen && comes_first(tile)), loaded);
 #pragma unroll
       for (int j = 0; j < kLaneChunks; ++j) {
         float z[N];
@@ -144,7 +138,7 @@ struct SampleRow {
     float largest = -CUDART_INF_F;
     if (!comes_first(tile)) return largest;
     Loaded loaded[kLaneChunks];
-    load_tile<true>(tile, loaded);
+    load_tile(tile, true, loaded);
 #pragma unroll
     for (int j = 0; j < kLaneChunks; ++j) {
       float z[N];
@@ -170,7 +164,7 @@ struct SampleRow {
   template <class VisitChunk>
   __device__ void visit_one(int chunk, VisitChunk&& visit_chunk) const {
     float z[N];
-    unpack(load<false>(chunk), z);
+    unpack(load(chunk, false), z);
     const int first = first_entry(chunk);
     adjust(first, z);
     visit_chunk(first, z);

@@ -124,10 +124,10 @@ __device__ __forceinline__ void draw_from_list(const SamplingRule& rule, SearchS
   __syncthreads();
 }
 
-// Filters by radix search over the row, and draws from it: two passes where only min-p filters.
+// Filters by radix search over the row.
 template <class T>
-__device__ void draw_from_row(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count, Tempering tempering,
-                              SearchScratch& scratch) {
+__device__ Kept search_threshold(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count,
+                                 Tempering tempering, SearchScratch& scratch) {
   Kept kept{0u, INT32_MAX};
 #pragma unroll 1
   for (int filter = 0; filter < 2; ++filter) {
@@ -135,9 +135,7 @@ __device__ void draw_from_row(const SampleRow<T>& row, const SamplingRule& rule,
       kept = row_threshold(row, scratch, tempering, kept, filter == 1, rule.top_k, rule.top_p);
     }
   }
-  const Measure measure{tempering, true, {kept, 0u, 0u}, rule.min_p};
-  sum_tiles(row, scratch, measure);
-  locate(row, scratch, measure, true, rule.bits);
+  return kept;
 }
 
 // Pass 2 and what may follow it. `binning` is used where pass 1 counted.
@@ -145,21 +143,25 @@ template <class T>
 __device__ void filter_and_draw(const SampleRow<T>& row, const SamplingRule& rule, Counted counted,
                                 const Binning& binning, Tempering tempering, SearchScratch& scratch) {
   const bool limits_count = rule.limits_count(row.vocab);
-  bool drawn = false;
   if (counted == Counted::kChunkMaxima) {
     const int bin = bin_of_count(scratch, rule.top_k);
     const uint32_t lowest = binning.key(static_cast<float>(bin) - 0.25f);
     list_candidates(row, tempering, scratch, {{lowest, INT32_MAX}, 0u, 0u});
-    drawn = scratch.listed <= kListed;
-    if (drawn) draw_from_list(rule, scratch);
+    if (scratch.listed <= kListed) return draw_from_list(rule, scratch);
   }
+  Measure measure{tempering, true, {{0u, INT32_MAX}, 0u, 0u}, rule.min_p};
+  bool summed = false;
   if (counted == Counted::kEntries) {
     const int bin = limits_count ? max(bin_of_count(scratch, rule.top_k), 0) : 0;
     const Bracket bracket =
         limits_count ? bracket_of(binning, bin, bin) : bracket_of_mass(scratch, binning, tempering.maximum, rule.top_p);
-    drawn = draw_from_bracket(row, rule, !limits_count, tempering, bracket, scratch);
+    summed = bracket_threshold(row, rule, !limits_count, tempering, bracket, scratch, measure.inside.within);
   }
-  if (!drawn) draw_from_row(row, rule, limits_count, tempering, scratch);
+  if (!summed) {
+    measure.inside.within = search_threshold(row, rule, limits_count, tempering, scratch);
+    sum_tiles(row, scratch, measure);
+  }
+  locate(row, scratch, measure, true, rule.bits);
 }
 
 template <class T>
