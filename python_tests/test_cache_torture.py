@@ -130,6 +130,16 @@ def test_other_versions(tmp_path, change, words):
         TeacherCache.open(tmp_path)
 
 
+def test_another_version_is_said_whatever_its_checksum(tmp_path):
+    world.finished(tmp_path, rows=3)
+    file = tmp_path / MANIFEST
+    body = json.loads(file.read_text())
+    for version in (2, 0, "1", None):
+        file.write_text(json.dumps({**body, "version": version}))
+        with pytest.raises(CacheError, match=f"has format version {version!r}, this distillm_ext reads version 1"):
+            TeacherCache.open(tmp_path)
+
+
 def killed_writer(path: Path, method: str, rank: int, delay: float) -> bool:
     """Lets a process write and kills it after `delay` seconds; whether it had come to its end."""
     process = get_context("fork").Process(target=world.write, args=(path, method, ROWS, rank, 2, 0.002))
