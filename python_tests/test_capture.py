@@ -220,6 +220,7 @@ def test_bad_arguments_end_in_one_sentence(world, tmp_path, capsys, arguments, m
         (dict(dtype="int8"), "dtype: must be one of float32, bfloat16, float16, got 'int8'"),
         (dict(temperatures=(0.0,)), "temperatures must lie between"),
         (dict(temperatures=()), "temperatures must be 1 to 16"),
+        (dict(out=Path(__file__)), "out: expected a folder"),
         (dict(rows=-1), "rows: must be at least 0"),
         (dict(max_length=1), "max_length: must be at least 2"),
         (dict(flush_seconds=float("nan")), "flush_seconds: must not be negative"),
@@ -227,7 +228,7 @@ def test_bad_arguments_end_in_one_sentence(world, tmp_path, capsys, arguments, m
 )
 def test_settings_are_refused_before_a_teacher_is_loaded(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        capture_settings(tmp_path, tmp_path, **change)
+        capture_settings(tmp_path, **({"out": tmp_path} | change))
 
 
 def test_a_missing_teacher_or_data_set_is_named(tmp_path):

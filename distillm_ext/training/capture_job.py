@@ -87,6 +87,8 @@ class CaptureSettings:
             raise ValueError(f"k: must be at most {MAX_K}, got {self.k}")
         if not self.flush_seconds >= 0:
             raise ValueError(f"flush_seconds: must not be negative, got {self.flush_seconds}")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out: expected a folder, new or of a cache; {self.out} is a file")
         checked_temperatures(self.temperatures)
 
 
