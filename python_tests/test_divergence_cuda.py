@@ -217,13 +217,16 @@ def test_blocks_of_rows(vocab, in_place, rng):
     np.testing.assert_array_equal(whole if not in_place else whole[:, 3], before if not in_place else before[:, 3])
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("divergence", ["skew_kl", "skew_reverse_kl"])
-def test_identical_inputs(dtype, divergence, rng):
-    student = logits(rng, 2, 20011, dtype)
-    for temperature in (1.0, 3.0):
-        result = run(DivergenceCase(student, student.copy(), divergence, temperature=temperature), threads=256)
-        assert (np.abs(result.loss) <= 1e-6).all() and np.abs(result.gradient.astype(np.float32)).max() <= 1e-7
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_identical_inputs(divergence, rng):
+    """Exactly 0, but where the teacher is a blend with a softmax of its own."""
+    for dtype in (F32, BF16):
+        student = logits(rng, 2, 20011, dtype)
+        for temperature in (1.0, 3.0):
+            case = DivergenceCase(student, student.copy(), divergence, temperature=temperature)
+            result = run(case, threads=256, cluster=2)
+            assert (np.abs(result.loss) <= (1e-6 if divergence == "interpolated" else 0)).all()
+            assert np.abs(result.gradient.astype(np.float32)).max() <= 1e-7
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
