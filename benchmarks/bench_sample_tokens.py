@@ -79,7 +79,7 @@ def cuda_counters(gpu: str = "H100-SXM", arch: str = "sm_90") -> list[harness.Ro
             case = SamplingCase(logits, **rule)
             chunks = case.chunks()
             case.staged_chunks, threads = launch_shape(case, arch)
-            counters = launch_sampling(case, arch, threads, check_races=False).counters
+            counters = launch_sampling(case, arch, threads).counters
             bounds = counters.roofline(gpu).bounds
             once = 2 * vocab / ptxsim.GPUS[gpu].dram_bytes_per_second
             spread = counters.roofline(gpu).sms_used / ptxsim.GPUS[gpu].sms
