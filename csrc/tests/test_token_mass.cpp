@@ -63,7 +63,7 @@ void test_ordered_key() {
   const float infinity = std::numeric_limits<float>::infinity();
   const float rising[] = {-infinity, -3e38f, -1.0f, -1e-45f, 0.0f, 1e-45f, 1.0f, 3e38f, infinity};
   for (int i = 0; i < 9; ++i) {
-    CHECK_EQUAL(logit_of_key(ordered_key(rising[i])), rising[i]);
+    CHECK_EQUAL(number_of_key(ordered_key(rising[i])), rising[i]);
     if (i > 0) CHECK(ordered_key(rising[i - 1]) < ordered_key(rising[i]));
   }
   CHECK_EQUAL(ordered_key(-0.0f), ordered_key(0.0f));
