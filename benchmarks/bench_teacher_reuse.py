@@ -1,6 +1,6 @@
 """Time of an optimizer step with the teacher's output kept, against plain KD and SFT, and what keeping it takes.
 
-    python benchmarks/bench_teacher_reuse.py [--threads 2] [--rounds 5] [--vocab 32000]
+    python benchmarks/bench_teacher_reuse.py [--threads 2] [--rounds 3] [--vocab 32000]
 
 One process, candidates in turns, medians. "kd" runs the teacher in every step, "sft" has none. A reuse trainer is timed
 in its first epoch, which computes and keeps, and in its second, which only reads; a replay step reads what was kept

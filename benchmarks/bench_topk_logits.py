@@ -82,10 +82,7 @@ def publish_cuda_model() -> None:
     title = "topk_logits, sm_90: counts per entry; model of 4096 rows on H100 (no timing)"
     harness.publish(title, cuda_counters((32000, 50257, 128256, 151936)), "topk_logits_cuda_counters.csv")
     resources = [
-        {"arch": arch, **vars(kernel)}
-        for arch in ARCHITECTURES
-        for kernel in ptxas_report(arch)
-        if "_logits_kernel" in kernel.kernel
+        {"arch": arch, **vars(kernel)} for arch in ARCHITECTURES for kernel in ptxas_report(arch, "all_topk_logits.cu")
     ]
     harness.publish("topk_logits: registers and spills (ptxas -v)", resources, "topk_logits_cuda_resources.csv")
 

@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests"))
 
 import ptxsim  # noqa: E402
-from ptx_kernels import FUNCTORS, DivergenceCase, launch_divergence, launch_shape, ptxas_report  # noqa: E402
+from ptx_kernels import FUNCTORS, DivergenceCase, launch_planned, plan_launch, ptxas_report  # noqa: E402
 
 __all__ = ["CounterRow", "cuda_counters", "ptxas_report", "publish_all"]
 
@@ -36,7 +36,10 @@ class CounterRow:
     dtype: str
     vocabulary: int
     arch: str
-    staged_share: float  # of the row that stays in shared memory
+    cluster: int  # blocks per row
+    threads: int  # per block
+    staged_share: float  # of the row's logits that stay in shared memory
+    kept_share: float  # of its entries whose G and q do
     read_bytes: float  # from global memory, per entry
     written_bytes: float
     load_efficiency: float  # bytes asked for / bytes of the 32-byte sectors touched
@@ -52,7 +55,10 @@ class CounterRow:
             "divergence": self.divergence,
             "dtype": self.dtype,
             "V": self.vocabulary,
+            "blocks": self.cluster,
+            "threads": self.threads,
             "staged": self.staged_share,
+            "kept": self.kept_share,
             "B read": self.read_bytes,
             "B written": self.written_bytes,
             "efficiency": self.load_efficiency,
@@ -81,13 +87,14 @@ def count_case(divergence: str, dtype: str, vocabulary: int, arch: str, gpu: str
     rng = np.random.default_rng(0)
     student, teacher = ((rng.standard_normal((rows, vocabulary)) * 3).astype(DTYPES[dtype]) for _ in range(2))
     case = DivergenceCase(student, teacher, divergence)
-    chunks = case.staging()
-    case.staged_chunks, threads = launch_shape(case, arch)
-    counters = launch_divergence(case, arch, threads, check_races=False).counters
+    plan = plan_launch(case, arch)
+    counters = launch_planned(case, arch, check_races=False).counters
     entries = rows * vocabulary
     dram_ms, modelled_ms, limiter = modelled(counters, rows, gpu)
     return CounterRow(
-        divergence, dtype, vocabulary, arch, case.staged_chunks / chunks,
+        divergence, dtype, vocabulary, arch, plan.cluster, plan.threads,
+        min(plan.cluster * plan.threads * plan.staged_turns / case.chunks, 1),
+        min(plan.cluster * plan.threads * plan.kept_turns / case.chunks, 1),
         counters.load_bytes / entries, counters.store_bytes / entries, counters.load_efficiency,
         counters.group("mufu_") / entries, counters.group("fp32_") / entries,
         32 * counters.issued_warp_instructions / entries, dram_ms, modelled_ms, limiter,

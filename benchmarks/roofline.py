@@ -22,6 +22,9 @@ from matplotlib import pyplot as plt
 DRAM, FP32 = 3.35e12, 132 * 128 * 1.755e9
 MODELLED_ROWS = 4096
 
+# One per member: there are more members than colours.
+MARKERS = "osD^v<>PX*h"
+
 
 def read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
@@ -44,17 +47,23 @@ def draw_measured(axes: Any, rows: list[dict[str, str]], device: str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("GB/s")
     axes.set_title(f"Measured, {device}")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
 
 
 def draw_modelled(axes: Any, rows: list[dict[str, str]]) -> None:
-    intensity = np.geomspace(1, 64, 64)
+    intensity = np.geomspace(2, 32, 64)
     axes.plot(intensity, np.minimum(intensity * DRAM, FP32) / 1e12, color="black", linewidth=1, label="H100 SXM")
-    for name in dict.fromkeys(row["divergence"] for row in rows):
+    for place, name in enumerate(dict.fromkeys(row["divergence"] for row in rows)):
         mine = [row for row in rows if row["divergence"] == name]
         work = np.array([float(row["fp32"]) * MODELLED_ROWS * float(row["V"]) for row in mine])
         dram_ms, model_ms = (np.array([float(row[key]) for row in mine]) for key in ("dram ms", "model ms"))
-        axes.scatter(work / (dram_ms * 1e-3 * DRAM), work / (model_ms * 1e9), s=18, label=name)
+        axes.scatter(
+            work / (dram_ms * 1e-3 * DRAM),
+            work / (model_ms * 1e9),
+            s=30,
+            marker=MARKERS[place % len(MARKERS)],
+            label=name,
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xlabel("FP32-pipe instructions per byte of DRAM traffic")

@@ -68,7 +68,7 @@ def compress_logits(
     _check_logits(logits)
     shape, device = logits.shape[:-1], logits.device
     _check_k(k, logits.shape[-1])
-    temperatures = _checked_temperatures(temperatures)
+    temperatures = checked_temperatures(temperatures)
     _check_method(method, position, seed)
     labels = _checked_rows(labels, "labels", shape, device, "logits")
     position = _checked_rows(position, "position", shape, device, "logits")
@@ -119,7 +119,7 @@ def capture_from_hidden(
     require_backend(hidden.device, "hidden")
     shape, vocab = hidden.shape[:-1], weight.shape[0]
     _check_k(k, vocab)
-    temperatures = _checked_temperatures(temperatures)
+    temperatures = checked_temperatures(temperatures)
     _check_method(method, position, seed)
     labels = _checked_rows(labels, "labels", shape, hidden.device, "hidden")
     position = _checked_rows(position, "position", shape, hidden.device, "hidden")
@@ -192,7 +192,7 @@ def _check_k(k: int, vocab: int) -> None:
         raise ValueError(f"k must lie in 1..1024, or up to the vocabulary of {vocab}, got {k}.")
 
 
-def _checked_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
+def checked_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
     if isinstance(temperatures, (str, Tensor)) or not isinstance(temperatures, Sequence):
         raise TypeError(f"temperatures must be a tuple of numbers, got {type(temperatures).__name__}.")
     if not 1 <= len(temperatures) <= MAX_TEMPERATURES:

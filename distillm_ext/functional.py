@@ -145,7 +145,7 @@ def distillation_loss(  # type: ignore[misc]
             must be computed from something that requires a gradient (not a leaf), and hold the gradient afterwards:
             whoever needs their values comes first. Eager mode only, one backward pass. Where gradients are disabled
             nothing is overwritten.
-        return_metrics: also return `DivergenceMetrics`: on the CPU from the same pass, on CUDA from a launch before it.
+        return_metrics: also return `DivergenceMetrics`, from the same pass.
 
     Returns:
         Scalar, or [...] for reduction "none"; float32 (float64 for float64 logits). With ``return_metrics`` a pair of

@@ -13,7 +13,7 @@ from torch import Tensor
 from .arguments import _cap_tensor, _check_tail, _row_weight, _rows_of
 from .containers import CompressedLogits, DivergenceMetrics, LinearHead, TeacherHead
 from .linear_checks import check_devices, checked_chunk, checked_rows, checked_sides
-from .ops.divergence import DivergenceOptions, loss_dtype
+from .ops.divergence import DivergenceOptions, RowSides, loss_dtype
 from .ops.linear_call import LinearDivergenceCall
 from .ops.linear_divergence import linear_divergence
 from .options import checked_options
@@ -207,17 +207,12 @@ def _linear_loss(
     shape = student.hidden.shape[:-1]
     like = torch.empty((*shape, 0), dtype=dtype, device=student.hidden.device)  # positions of logits, without any
     check_devices(like.device, labels=labels, weight=weight, alpha=alpha, cap=cap, rows=rows)
-    flat = _rows_of(like, loss_dtype(dtype))
-    flat_labels, flat_weight = flat(labels, "labels", integer=True), flat(weight, "weight")
-    if rows is not None:
-        flat_weight = _only(checked_rows(rows), flat_weight, like)
+    sides = _row_sides(like, labels, weight, alpha, cap, rows, reduction, num_items, options.ignore_index)
     teacher_rows, teacher_weight, teacher_bias, teacher_softcap, teacher_scale = _teacher_arguments(head)
     kept, kept_vocab = _kept_arguments(compressed, student, options, tail, vocab_size, like, need_metrics)
     call = LinearDivergenceCall(
         student.hidden.reshape(-1, student.hidden.shape[-1]), student.weight, student.bias,
-        teacher_rows, teacher_weight, teacher_bias, *kept, flat_labels,
-        _row_weight(flat_weight, flat_labels, shape, like, reduction, num_items, options.ignore_index),
-        flat(alpha if isinstance(alpha, Tensor) else None, "alpha"), flat(_cap_tensor(cap, like), "cap"), rows,
+        teacher_rows, teacher_weight, teacher_bias, *kept, *sides, rows,
         float(student.scale), float(student.softcap or 0.0), teacher_scale, teacher_softcap, options.divergence,
         options.alpha, options.beta, options.temperature, options.ce_weight, options.ignore_index,
         options.detach_mixture, tail, kept_vocab, dtype, checked_chunk(chunk_rows), vocab_size or 0,
@@ -229,6 +224,30 @@ def _linear_loss(
     if reduction == "none":
         loss, ce = loss.reshape(shape), ce.reshape(shape)
     return LinearParts(loss, ce, metrics)
+
+
+def _row_sides(
+    like: Tensor,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    alpha: float | Tensor | None,
+    cap: float | Tensor | None,
+    rows: Tensor | None,
+    reduction: str,
+    num_items: int | Tensor | None,
+    ignore_index: int,
+) -> RowSides:
+    """Labels, weights, alpha and cap of the rows, as the operator takes them."""
+    flat = _rows_of(like, loss_dtype(like.dtype))
+    flat_labels, flat_weight = flat(labels, "labels", integer=True), flat(weight, "weight")
+    if rows is not None:
+        flat_weight = _only(checked_rows(rows), flat_weight, like)
+    return RowSides(
+        flat_labels,
+        _row_weight(flat_weight, flat_labels, like.shape[:-1], like, reduction, num_items, ignore_index),
+        flat(alpha if isinstance(alpha, Tensor) else None, "alpha"),
+        flat(_cap_tensor(cap, like), "cap"),
+    )
 
 
 def _needs(x: Tensor | None) -> bool:

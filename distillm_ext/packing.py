@@ -161,17 +161,8 @@ def unpack(
         raise TypeError(f"packed must be a tensor of dtype torch.uint8, got {got}")
     require_backend(packed.device, "packed")
     temperatures = _checked_temperatures(temperatures)
-    widths = [
-        record_bytes(codec, k=k, vocab_size=vocab_size, temperatures=temperatures, labels=labels, method=method)
-        for labels in (False, True)
-    ]
-    if packed.dim() < 1 or packed.shape[-1] not in widths:
-        raise ValueError(
-            f"packed must have shape [..., {widths[1]}] (with labels) or [..., {widths[0]}] for codec {codec!r}, "
-            f"k = {k}, vocab_size = {vocab_size}, {len(temperatures)} temperatures and method {method!r}, "
-            f"got {list(packed.shape)}"
-        )
-    labels, counted, shape = packed.shape[-1] == widths[1], method == "sample", packed.shape[:-1]
+    labels = _has_labels(packed.shape, codec, k, vocab_size, temperatures, method)
+    counted, shape = method == "sample", packed.shape[:-1]
     rows = packed.reshape(shape.numel(), packed.shape[-1])
     ids, logprobs, log_norm, tail, label, valid, counts = ops.unpack_logits(
         rows, codec, k, vocab_size, temperatures, labels, counted
@@ -188,3 +179,20 @@ def unpack(
         vocab_size=vocab_size,
     )
     return flat.reshape(*shape)
+
+
+def _has_labels(
+    shape: torch.Size, codec: str, k: int, vocab_size: int, temperatures: tuple[float, ...], method: str
+) -> bool:
+    """Whether records of this width have label log-probabilities; ValueError where there are no such records."""
+    widths = [
+        record_bytes(codec, k=k, vocab_size=vocab_size, temperatures=temperatures, labels=labels, method=method)
+        for labels in (False, True)
+    ]
+    if len(shape) < 1 or shape[-1] not in widths:
+        raise ValueError(
+            f"packed must have shape [..., {widths[1]}] (with labels) or [..., {widths[0]}] for codec {codec!r}, "
+            f"k = {k}, vocab_size = {vocab_size}, {len(temperatures)} temperatures and method {method!r}, "
+            f"got {list(shape)}"
+        )
+    return shape[-1] == widths[1]

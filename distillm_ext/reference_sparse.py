@@ -99,17 +99,17 @@ def sparse_divergence(
         )
     if tail == "renormalize":
         log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
-    elif tail in ("bucket", "truncate") and not (tail == "truncate" and divergence == "reverse_kl"):
+    elif not (tail == "truncate" and divergence == "reverse_kl"):
         log_t = tail_logprob if tail == "bucket" else torch.full_like(tail_logprob, -torch.inf)
-        # Forward KL, which skew KL is at alpha = 0, looks at the logarithm alone; others need the mass to be 0 too.
-        least = LEAST_LOG_TAIL if divergence in ("forward_kl", "skew_kl") else -torch.inf
-        log_r = _log_tail(log_q_all, index, there, least)
+        log_r = _log_tail(log_q_all, index, there, divergence)
         log_p, log_q = (torch.cat([x, y.unsqueeze(-1)], -1) for x, y in ((log_p, log_t), (log_q, log_r)))
     return _divergence(divergence, log_p, log_q, a, b, detach_mixture)
 
 
-def _log_tail(log_q: Tensor, index: Tensor, there: Tensor, least: float) -> Tensor:
-    """log of the student's mass off the kept entries, the constant `least` where there is none."""
+def _log_tail(log_q: Tensor, index: Tensor, there: Tensor, divergence: str) -> Tensor:
+    """log of the student's mass off the kept entries, a constant where there is none."""
+    # Forward KL, which skew KL is at alpha = 0, looks at the logarithm alone; others need the mass to be 0 too.
+    least = LEAST_LOG_TAIL if divergence in ("forward_kl", "skew_kl") else -torch.inf
     on = torch.zeros_like(log_q, dtype=torch.int32).scatter_add(-1, index, there.int()) > 0
     off = log_q.masked_fill(on, -torch.inf)
     empty = (off == -torch.inf).all(-1)

@@ -13,7 +13,7 @@ from .ops.extension import require_backend
 from .ops.sample_tokens import sample_tokens as sample_tokens_op
 
 _LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_VOCABULARY = 1 << 20
+_MAX_VOCABULARY = (1 << 20) - 1  # sums of 44-bit masses fit 64 bits
 _LEAST_INT64, _LARGEST_INT64 = -(1 << 63), (1 << 63) - 1
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
@@ -48,7 +48,7 @@ def sample_tokens(
     range gets token 0, log-probabilities NaN and ``valid`` False; other rows are not touched.
 
     Args:
-        logits: [rows, V], float32, bfloat16 or float16, V up to 2²⁰; rows may be strided.
+        logits: [rows, V], float32, bfloat16 or float16, V < 2²⁰; rows may be strided.
         temperature: T >= 0; 0 is greedy: the largest logit, lowest id among equals, without filters or draw.
         top_k: >= 0; 0 keeps all.
         top_p: in (0, 1].

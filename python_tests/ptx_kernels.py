@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import ptxsim
-from ptxsim.module import MAX_SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = Path(__file__).resolve().parent / "kernels"
@@ -29,9 +30,20 @@ FUNCTORS = {
     "total_variation": "TotalVariation",
     "alpha_beta": "AlphaBeta",
     "token_adaptive": "TokenAdaptive",
+    "adaptive_kl": "AdaptiveKl",
+    "interpolated": "Interpolated",
 }
-# Published defaults of alpha and beta, where they are not (0.1, unused).
-HYPER_PARAMETERS = {"symmetric_kl": (0.1, 0.9), "generalized_js": (0.1, 0.5), "alpha_beta": (0.2, 0.7)}
+# Shared memory in KB: most of a block and all of a multiprocessor's; 1 of the latter is reserved per block.
+SHARED_KILOBYTES = {80: (163, 164), 86: (99, 100), 89: (99, 100), 90: (227, 228), 100: (227, 228), 120: (99, 100)}
+CLUSTER_ARCHITECTURES = (90, 100)  # where a launch is modelled with clusters; the launcher asks the device
+# Published defaults of alpha and beta, where they are not (0.1, unused); interpolated has none.
+HYPER_PARAMETERS = {
+    "symmetric_kl": (0.1, 0.9),
+    "generalized_js": (0.1, 0.5),
+    "alpha_beta": (0.2, 0.7),
+    "adaptive_kl": (0.5, 0.0),
+    "interpolated": (0.4, 0.0),
+}
 
 
 def type_name(array: np.ndarray) -> str:
@@ -74,10 +86,12 @@ class DivergenceCase:
     ignore_index: int = -100
     detach_mixture: bool = False
     need_gradient: bool = True
-    in_place: bool = False
     need_metrics: bool = False
+    in_place: bool = False
     student_blocks: np.ndarray | None = None  # [B, S, V]: where the rows of `student` lie, with two strides
-    staged_chunks: int | None = None  # per row; None: all of them
+    staged_turns: int | None = None  # of each thread; None: all of them
+    kept_turns: int | None = None  # of those; None: all of them
+    vocab_size: int | None = None  # entries of both sides to use; None: all
 
     def __post_init__(self) -> None:
         alpha, beta = HYPER_PARAMETERS.get(self.divergence, (0.1, 0.0))
@@ -88,25 +102,33 @@ class DivergenceCase:
     def chunk_entries(self) -> int:
         return 16 // self.student.itemsize if self.student.dtype == self.teacher.dtype else 4
 
-    @property
-    def slot_bytes(self) -> int:
-        teacher_bytes = self.teacher.itemsize if self.student.dtype == self.teacher.dtype else 4
-        return self.chunk_entries * (self.student.itemsize + teacher_bytes)
+    slot_bytes = 32  # shared memory per thread and staged turn
 
-    def staging(self) -> int:
-        """Chunks of a row kept in shared memory."""
-        if self.staged_chunks is not None:
-            return self.staged_chunks
+    @property
+    def kept_bytes(self) -> int:
+        """More of it in a kept turn."""
+        return 4 * self.chunk_entries - 16
+
+    @property
+    def chunks(self) -> int:
+        """The most that a row is cut into."""
         vocab = max(self.student.shape[1], self.teacher.shape[1])
         return (vocab + 2 * self.chunk_entries - 2) // self.chunk_entries
+
+    def turns(self, cluster: int, threads: int) -> tuple[int, int]:
+        """Staged and kept turns of each thread."""
+        most = -(-self.chunks // (cluster * threads))
+        staged = most if self.staged_turns is None else min(self.staged_turns, most)
+        kept = staged if self.kept_turns is None else min(self.kept_turns, staged)
+        return staged, kept if self.need_gradient else 0
 
 
 @dataclass
 class DivergenceResult:
     loss: np.ndarray
     gradient: np.ndarray | None
+    metrics: np.ndarray | None
     counters: ptxsim.Counters
-    metrics: np.ndarray | None = None
 
 
 def flat_storage(array: np.ndarray) -> np.ndarray:
@@ -131,48 +153,81 @@ def launch_divergence(
     case: DivergenceCase,
     arch: str = "sm_90",
     threads: int = 64,
+    cluster: int = 1,
     module: ptxsim.Simulator | None = None,
     **options: Any,
 ) -> DivergenceResult:
     """Runs the kernel; `options` go to Simulator.launch."""
-    rows, vocab = case.student.shape
+    rows, columns = case.student.shape
+    vocab = columns if case.vocab_size is None else case.vocab_size
+    teacher_vocab = case.teacher.shape[1] if case.vocab_size is None else case.vocab_size
+    staged, kept = case.turns(cluster, threads)
     placed = case.student if case.student_blocks is None else case.student_blocks
     student, teacher = flat_storage(placed), flat_storage(case.teacher)
     loss = np.full(rows, 7, np.float32)
-    metrics = np.full((rows, 3), 7, np.float32) if case.need_metrics else None
     gradient = None
     if case.need_gradient:
-        gradient = placed if case.in_place else np.full((rows, vocab), 7, case.student.dtype)
+        gradient = placed if case.in_place else np.full((rows, columns), 7, case.student.dtype)
+    metrics = np.full((rows, 3), 7, np.float32) if case.need_metrics else None
     target = flat_storage(gradient) if case.need_gradient else None
     if case.in_place:
         target = student
     arguments = ptxsim.Struct(
-        student, teacher,
+        student, teacher, target,
         *row_layout(placed), *row_layout(case.teacher), *row_layout(placed if gradient is None else gradient),
-        np.int32(vocab), np.int32(case.teacher.shape[1]), np.int32(TYPE_NUMBERS[type_name(case.teacher)]),
-        np.int32(case.staging()),
-        case.labels, case.weight, case.alpha_rows, case.cap, loss, target, metrics, np.int64(case.ignore_index),
+        np.int32(vocab), np.int32(teacher_vocab), np.int32(columns),
+        np.int32(TYPE_NUMBERS[type_name(case.teacher)]), np.int32(staged), np.int32(kept),
+        case.labels, case.weight, case.alpha_rows, case.cap, loss, metrics, np.int64(case.ignore_index),
         np.float32(case.alpha), np.float32(case.beta), np.float32(1 / case.temperature), np.float32(case.ce_weight),
         np.int32(case.detach_mixture),
     )  # fmt: skip
     module = module or divergence_module(arch, case.divergence, case.student, case.teacher)
-    launching = dict(options, shared_bytes=case.staging() * case.slot_bytes)
-    if case.need_metrics:
-        module.launch("row_metrics_kernel", rows, threads, [arguments], readonly=[student, teacher], **launching)
-    readonly = [teacher] if case.in_place else [student, teacher]
-    counters = module.launch("divergence_kernel", rows, threads, [arguments], readonly=readonly, **launching)
-    return DivergenceResult(loss, gradient, counters, metrics)
+    counters = module.launch(
+        "divergence_kernel", rows * cluster, threads, [arguments], cluster=(cluster, 1, 1),
+        shared_bytes=threads * (staged * case.slot_bytes + kept * case.kept_bytes),
+        readonly=[teacher] if case.in_place else [student, teacher],
+        **options,
+    )  # fmt: skip
+    return DivergenceResult(loss, gradient, metrics, counters)
 
 
-def launch_shape(case: DivergenceCase, arch: str) -> tuple[int, int]:
-    """Staged chunks and threads per block as csrc/cuda/divergence.cu chooses them on a device of this architecture."""
+@dataclass(frozen=True)
+class Plan:
+    """struct DivergencePlan of csrc/cuda/divergence_plan.h."""
+
+    cluster: int
+    threads: int
+    staged_turns: int
+    kept_turns: int
+
+
+@cache
+def _planner() -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/plan.so"
+        command = [os.environ.get("CXX", "g++"), "-std=c++17", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+        subprocess.run([*command, str(KERNELS / "plan.cpp"), "-o", library], check=True)
+        return ctypes.CDLL(library).plan
+
+
+def plan_launch(case: DivergenceCase, arch: str, clusters: bool = True) -> Plan:
+    """What csrc/cuda/divergence.cu chooses on a device of this architecture."""
     module = divergence_module(arch, case.divergence, case.student, case.teacher)
-    room = MAX_SHARED[int(arch.removeprefix("sm_"))] * 1024 - module.kernel_info("divergence_kernel")["static_shared"]
-    chunks = case.staging()
-    staged = min(chunks, room // case.slot_bytes)
-    kilobytes = staged * case.slot_bytes / 1024
-    filling = 1024 if kilobytes > 72 else 512 if kilobytes > 36 else 256
-    return staged, min(filling, -(-chunks // 32) * 32)
+    number = int(arch.removeprefix("sm_"))
+    block, multiprocessor = (1024 * kilobytes for kilobytes in SHARED_KILOBYTES[number])
+    static = module.kernel_info("divergence_kernel")["static_shared"]
+    largest = 8 if clusters and number in CLUSTER_ARCHITECTURES else 1
+    shape = (ctypes.c_int64 * 5)(case.chunks, case.slot_bytes, case.kept_bytes, case.need_gradient, static)
+    device, out = (ctypes.c_int64 * 4)(block, multiprocessor, 1024, largest), (ctypes.c_int64 * 4)()
+    _planner()(shape, device, out)
+    return Plan(*out)
+
+
+def launch_planned(case: DivergenceCase, arch: str, clusters: bool = True, **options: Any) -> DivergenceResult:
+    """Runs the kernel as the extension would launch it."""
+    plan = plan_launch(case, arch, clusters)
+    case = replace(case, staged_turns=plan.staged_turns, kept_turns=plan.kept_turns)
+    return launch_divergence(case, arch, plan.threads, plan.cluster, **options)
 
 
 @dataclass

@@ -23,6 +23,8 @@ class Expected:
     kept: np.ndarray  # [V] bool
     probability: np.ndarray  # [V], under the filtered distribution
     margin: float  # distance of the nearest cumulative mass from top_p, of the nearest ratio from min_p
+    sure: np.ndarray  # [V] bool: kept where top_p and min_p are 1e-6 stricter
+    possible: np.ndarray  # [V] bool: kept where they are 1e-6 laxer
 
 
 def adjusted(logits: np.ndarray, penalty: float = 1.0, previous=(), banned=None) -> np.ndarray:
@@ -39,9 +41,17 @@ def expected(z: np.ndarray, rule: Rule) -> Expected:
     """z: float64 logits of one row with a finite one, temperature > 0."""
     top_p, min_p = float(np.float32(rule.top_p)), float(np.float32(rule.min_p))
     weight = np.exp((z - z.max()) / float(np.float32(rule.temperature)))
+    kept, margin = _kept(weight, z, rule.top_k, top_p, min_p)
+    sure, _ = _kept(weight, z, rule.top_k, top_p - 1e-6 if top_p < 1 else 1, min_p + 1e-6 if min_p else 0)
+    possible, _ = _kept(weight, z, rule.top_k, top_p + 1e-6, max(min_p - 1e-6, 0))
+    probability = np.where(kept, weight, 0) / weight[kept].sum()
+    return Expected(kept, probability, margin, sure, possible)
+
+
+def _kept(weight: np.ndarray, z: np.ndarray, top_k: int, top_p: float, min_p: float) -> tuple[np.ndarray, float]:
     order = np.lexsort((np.arange(len(z)), -z))  # larger logits first, lower ids first among equals
-    if rule.top_k:
-        order = order[: rule.top_k]
+    if top_k:
+        order = order[:top_k]
     margin = np.inf
     if top_p < 1:
         cumulative = np.cumsum(weight[order]) / weight[order].sum()
@@ -53,9 +63,7 @@ def expected(z: np.ndarray, rule: Rule) -> Expected:
         order = order[weight[order] >= min_p]
     kept = np.zeros(len(z), bool)
     kept[order] = True
-    kept &= weight > 0
-    probability = np.where(kept, weight, 0) / weight[kept].sum()
-    return Expected(kept, probability, margin)
+    return kept & (weight > 0), margin
 
 
 def bits_at(uniform: np.ndarray) -> np.ndarray:

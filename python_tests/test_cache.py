@@ -118,8 +118,13 @@ def test_duplicates_over_ranks_count_once(tmp_path):
 def test_a_finished_cache_can_grow(tmp_path):
     world.finished(tmp_path, rows=10)
     files = {file: file.read_bytes() for file in world.shards(tmp_path)}
+    with CacheWriter(tmp_path, SPECS["topk"]) as writer:
+        tokens, targets, packed = make_row("topk", 3)
+        assert len(writer) == 10 and writer.has(tokens, targets) and not writer.add(tokens, targets, packed)
     cache = world.finished(tmp_path, rows=25)
-    assert len(cache) == 25 and all(file.read_bytes() == content for file, content in files.items())
+    assert len(cache) == cache.manifest.rows == 25 and all(
+        file.read_bytes() == content for file, content in files.items()
+    )
     for number in range(25):
         world.check_row(cache, "topk", number)
 

@@ -130,14 +130,30 @@ def test_other_versions(tmp_path, change, words):
         TeacherCache.open(tmp_path)
 
 
-def killed_writer(path: Path, method: str, rank: int, delay: float) -> bool:
-    """Lets a process write and kills it after `delay` seconds; whether it had come to its end."""
+def test_another_version_is_said_whatever_its_checksum(tmp_path):
+    world.finished(tmp_path, rows=3)
+    file = tmp_path / MANIFEST
+    body = json.loads(file.read_text())
+    for version in (2, 0, "1", None):
+        file.write_text(json.dumps({**body, "version": version}))
+        with pytest.raises(CacheError, match=f"has format version {version!r}, this distillm_ext reads version 1"):
+            TeacherCache.open(tmp_path)
+
+
+def killed_writer(path: Path, method: str, rank: int, changes: int, delay: float) -> None:
+    """Lets a process write and kills it `delay` seconds after the folder changed so often (a shard changes it thrice).
+
+    Counted in changes, since a time alone would kill a busy machine's writer before its first shard.
+    """
     process = get_context("fork").Process(target=world.write, args=(path, method, ROWS, rank, 2, 0.002))
     process.start()
+    seen: set[str] = set()
+    while process.is_alive() and changes > 0:
+        now = {file.name for file in path.glob("shard-*")}
+        changes, seen = changes - (now != seen), now
     time.sleep(delay)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
-    return process.exitcode == 0
 
 
 def torture(path: Path, seed: int) -> None:
@@ -145,7 +161,8 @@ def torture(path: Path, seed: int) -> None:
     rng = np.random.default_rng([13, seed])
     method = ("topk", "sample")[seed % 2]
     for _ in range(rng.integers(1, 5)):
-        killed_writer(path, method, int(rng.integers(0, 2)), float(rng.exponential(0.05)))
+        changes, delay = int(rng.integers(0, 12)), float(rng.exponential(0.002))
+        killed_writer(path, method, int(rng.integers(0, 2)), changes, delay)
         survivors = {file: file.read_bytes() for file in world.shards(path)}
     for rank in range(2):
         world.write(path, method, ROWS, rank, 2)

@@ -195,7 +195,7 @@ def test_the_command(world, tmp_path):
     [
         (["--temperatures", "1;2"], "--temperatures: expected numbers separated by commas"),
         (["--column", "prompt"], "--column: expected OURS=THEIRS"),
-        (["--method", "all"], "method must be 'topk' or 'sample'"),
+        (["--method", "all"], "method: must be one of topk, sample"),
         (["--codec", "q5"], "codec"),
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
@@ -208,6 +208,27 @@ def test_bad_arguments_end_in_one_sentence(world, tmp_path, capsys, arguments, m
 
     result = CliRunner().invoke(app, [str(part) for part in (*command, *arguments)])
     assert result.exit_code == 2 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=0), "k: must be at least 1, got 0"),
+        (dict(k=1025), "k: must be at most 1024, got 1025"),
+        (dict(method="top"), "method: must be one of topk, sample, got 'top'"),
+        (dict(codec="q5"), "codec: must be one of q4, q6, q8, fp16, exact, got 'q5'"),
+        (dict(dtype="int8"), "dtype: must be one of float32, bfloat16, float16, got 'int8'"),
+        (dict(temperatures=(0.0,)), "temperatures must lie between"),
+        (dict(temperatures=()), "temperatures must be 1 to 16"),
+        (dict(out=Path(__file__)), "out: expected a folder"),
+        (dict(rows=-1), "rows: must be at least 0"),
+        (dict(max_length=1), "max_length: must be at least 2"),
+        (dict(flush_seconds=float("nan")), "flush_seconds: must not be negative"),
+    ],
+)
+def test_settings_are_refused_before_a_teacher_is_loaded(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        capture_settings(tmp_path, **({"out": tmp_path} | change))
 
 
 def test_a_missing_teacher_or_data_set_is_named(tmp_path):

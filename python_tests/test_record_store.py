@@ -164,8 +164,14 @@ def test_a_key_depends_on_tokens_and_targets_alone():
     base = sequence_key([1, 5, 6, 7], [0, 0, 1, 1])
     assert base == sequence_key(np.array([1, 5, 6, 7]), np.array([False, False, True, True]))
     assert base == sequence_key([1, 5, 6, 7], [1, 0, 1, 1])  # the first token never is a target
-    others = [sequence_key([1, 5, 6, 8], [0, 0, 1, 1]), sequence_key([1, 5, 6, 7], [0, 1, 1, 1])]
-    assert base not in others and len(set(others)) == 2 and len(base) == 24
+    others = [
+        sequence_key([1, 5, 6, 8], [0, 0, 1, 1]),
+        sequence_key([1, 5, 6, 7], [0, 1, 1, 1]),
+        sequence_key([1, 4, 6, 7], [0, 0, 1, 1]),  # the same response to another prompt
+        sequence_key([0, 5, 6, 7], [0, 0, 1, 1]),
+        sequence_key([5, 6, 7], [0, 1, 1]),
+    ]
+    assert base not in others and len(set(others)) == 5 and len(base) == 24
 
 
 def test_draws_are_numbered_by_sequence_and_index():

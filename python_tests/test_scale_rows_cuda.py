@@ -1,4 +1,4 @@
-"""The CUDA kernels of `scale_rows_` and of the entries that vocab_size leaves out, executed from PTX by ptxsim."""
+"""The CUDA kernel of `scale_rows_`, executed from its PTX by ptxsim."""
 
 from __future__ import annotations
 
@@ -56,17 +56,3 @@ def test_traffic():
     assert counters.load_bytes == 2 * 4096 + 4 * 4 * 256  # every thread of a block reads the scale of its row
     assert counters.store_efficiency == 1
     assert scale_rows(gradient, np.ones(4, np.float32)).buffers[0].load_bytes == 0
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_zero_rest(dtype):
-    """Entries from `vocab_size` on become 0 in every row, blocks of rows too; no other entry is touched."""
-    whole = np.ones((2, 4, 333), dtype)
-    rows = whole[:, :3]
-    module = compiled("zero_rest.cu", "sm_90")
-    kernel = f"zero_rest_kernel<distillm::generic::{type_name(whole)}>" if whole.itemsize == 2 else "<float>"
-    arguments = [flat_storage(rows), ptxsim.Struct(*row_layout(rows)), np.int32(101), np.int32(333)]
-    module.launch(kernel, 6, 128, arguments, seed=2)
-    expected = np.ones((2, 4, 333), np.float32)
-    expected[:, :3, 101:] = 0
-    np.testing.assert_array_equal(whole.astype(np.float32), expected)

@@ -7,7 +7,7 @@ from sparse_cases import FORMS, compressed, logits
 
 from distillm_ext import distillation_loss, linear_distillation_loss
 from distillm_ext.containers import LinearHead
-from distillm_ext.ops import linear_divergence
+from distillm_ext.ops import linear_chunks, linear_divergence
 
 ROWS, VOCAB, HIDDEN = 9, 70, 12
 
@@ -125,6 +125,21 @@ def test_opcheck_and_compile(tail, monkeypatch):
     torch.compiler.reset()
     found = torch.autograd.grad(torch.compile(step, fullgraph=True)(*inputs), case.weight)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("tail", ("bucket", "sampled"))
+def test_device_path_without_compaction(monkeypatch, tail):
+    """What CUDA does, executed here: ignored rows stay in the products, and their NaN meets no gradient."""
+    case = make_case(tail=tail)
+    clean = value_and_gradients(case.ours(chunk_rows=2, tail=tail), case)
+    with torch.no_grad():
+        case.hidden[case.labels == -100] = torch.nan
+    captured = []
+    monkeypatch.setattr("distillm_ext.linear.linear_divergence", lambda call: captured.append(call) or (None,) * 3)
+    case.ours(chunk_rows=2, tail=tail)
+    with torch.no_grad():
+        loss, _, _, *gradients = linear_chunks.linear_divergence_cuda(*captured[0])
+    torch.testing.assert_close((loss, gradients), clean)
 
 
 def test_a_linear_head_is_still_a_teacher():

@@ -55,9 +55,10 @@ def test_the_teacher_runs_in_every_step_without_reuse(tmp_path):
     assert rows_by_step(seen, 6) == [4] * 6 and not logged(trainer, "teacher_rows")
 
 
-@pytest.mark.parametrize("schedule", ["paper", "reference"])
-def test_a_replayed_batch_does_no_teacher_forward(tmp_path, schedule):
+@pytest.mark.parametrize(("schedule", "accumulated"), [("paper", 1), ("reference", 1), ("paper", 2)])
+def test_a_replayed_batch_does_no_teacher_forward(tmp_path, schedule, accumulated):
     settings = adaptive(schedule=schedule, sgo_initial=0.9, replay_capacity=8, max_steps=16, eval_steps=100)
+    settings |= dict(gradient_accumulation_steps=accumulated, per_device_train_batch_size=4 // accumulated)
     trainer = reusing(tmp_path, **settings)
     seen = counted(trainer)
     trainer.train()

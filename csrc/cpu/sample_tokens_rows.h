@@ -61,6 +61,21 @@ struct SampleScratch {
   }
 };
 
+// Maxima of every eighth entry of each whole group, one after the other; returns how many there are.
+inline int64_t strand_maxima(const float* z, int64_t vocab, float* out) {
+  constexpr int64_t kStrands = 8;
+  const int64_t groups = vocab / kGroup;
+  for (int64_t group = 0; group < groups; ++group, z += kGroup, out += kStrands) {
+#pragma omp simd
+    for (int64_t i = 0; i < kStrands; ++i) {
+      float maximum = z[i];
+      for (int64_t j = kStrands; j < kGroup; j += kStrands) maximum = z[i + j] > maximum ? z[i + j] : maximum;
+      out[i] = maximum;
+    }
+  }
+  return groups * kStrands;
+}
+
 inline float group_maxima(const float* z, int64_t vocab, float* out) {
   float maximum = -std::numeric_limits<float>::infinity();
   for (int64_t start = 0; start < vocab; start += kGroup) {
@@ -155,13 +170,19 @@ struct SampledRow {
     return result(token, log_share(here, mass));
   }
 
-  // No kept entry lies below: the top_k-th largest group maximum is at most the top_k-th largest entry.
+  // No kept entry lies below: the top_k-th largest of maxima over parts of the row is at most the top_k-th largest
+  // entry. Groups where there are enough of them, else their strands, in memory that weights will take.
   float top_k_bound() const {
-    const int64_t groups = (vocab + kGroup - 1) / kGroup;
-    if (rule.top_k > groups) return kLowest;
-    const SampleCandidates maxima{scratch.group_maximum, nullptr, nullptr, scratch.candidates.order, groups};
+    float* parts = scratch.group_maximum;
+    int64_t count = (vocab + kGroup - 1) / kGroup;
+    if (rule.top_k > count) {
+      parts = scratch.candidates.weight;
+      count = strand_maxima(z, vocab, parts);
+    }
+    if (rule.top_k > count) return kLowest;
+    const SampleCandidates maxima{parts, nullptr, nullptr, scratch.candidates.order, count};
     const Threshold threshold = radix_threshold<CountOf>(maxima, static_cast<uint64_t>(rule.top_k));
-    return at_least(logit_of_key(threshold.key), kLowest);
+    return at_least(number_of_key(threshold.key), kLowest);
   }
 
   // The logit where the weight is `weight`, less a margin for the rounding of weights.

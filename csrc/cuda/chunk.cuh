@@ -35,6 +35,7 @@ struct Packing<float> {
   __device__ static uint32_t pack(const float* x) { return __float_as_uint(x[0]); }
   __device__ static uint32_t load(const float* p) { return __float_as_uint(*p); }
   __device__ static void store(float* p, float x) { *p = x; }
+  __device__ static void store_bits(float* p, uint32_t bits) { *p = __uint_as_float(bits); }
 };
 
 template <>
@@ -50,6 +51,7 @@ struct Packing<BFloat16> {
   }
   __device__ static uint32_t load(const BFloat16* p) { return p->bits; }
   __device__ static void store(BFloat16* p, float x) { p->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+  __device__ static void store_bits(BFloat16* p, uint32_t bits) { p->bits = static_cast<uint16_t>(bits); }
 };
 
 template <>
@@ -66,6 +68,7 @@ struct Packing<Half> {
   }
   __device__ static uint32_t load(const Half* p) { return p->bits; }
   __device__ static void store(Half* p, float x) { p->bits = __half_as_ushort(__float2half_rn(x)); }
+  __device__ static void store_bits(Half* p, uint32_t bits) { p->bits = static_cast<uint16_t>(bits); }
 };
 
 template <class T, int N>
@@ -135,20 +138,37 @@ __device__ __forceinline__ Chunk<T, N> load_shifted(const T* p) {
   return chunk;
 }
 
-// Entries [first, first + N) of a row of `count` entries, -inf where the row has none.
+// The entries of a chunk moved up by one, with `bits` as the first.
 template <class T, int N>
-__device__ __forceinline__ Chunk<T, N> load_partial(const T* row, int count, int first) {
-  constexpr int kPerWord = 4 / sizeof(T);
-  Chunk<T, N> chunk;
+__device__ __forceinline__ void push_entry(Chunk<T, N>& chunk, uint32_t bits) {
 #pragma unroll
-  for (int w = 0; w < Chunk<T, N>::kWords; ++w) {
-    chunk.word[w] = 0;
+  for (int w = Chunk<T, N>::kWords - 1; w > 0; --w) {
+    chunk.word[w] = sizeof(T) == 4 ? chunk.word[w - 1] : __funnelshift_l(chunk.word[w - 1], chunk.word[w], 16);
+  }
+  chunk.word[0] = sizeof(T) == 4 ? bits : chunk.word[0] << 16 | bits;
+}
+
+// The bits of the first entry, and the others moved down by one.
+template <class T, int N>
+__device__ __forceinline__ uint32_t pop_entry(Chunk<T, N>& chunk) {
+  const uint32_t bits = sizeof(T) == 4 ? chunk.word[0] : chunk.word[0] & 0xffffu;
 #pragma unroll
-    for (int i = 0; i < kPerWord; ++i) {
-      const int v = first + w * kPerWord + i;
-      const uint32_t bits = v >= 0 && v < count ? Packing<T>::load(row + v) : Packing<T>::kMinusInfinity;
-      chunk.word[w] |= bits << (i * 8 * sizeof(T) % 32);
-    }
+  for (int w = 0; w + 1 < Chunk<T, N>::kWords; ++w) {
+    chunk.word[w] = sizeof(T) == 4 ? chunk.word[w + 1] : __funnelshift_r(chunk.word[w], chunk.word[w + 1], 16);
+  }
+  if (sizeof(T) == 2) chunk.word[Chunk<T, N>::kWords - 1] >>= 16;
+  return bits;
+}
+
+// Entries [first, first + N) of a row of `count` entries, `missing` where the row has none. Loops that are not
+// unrolled, here and in store_chunk, since the ends of a row are rare and this is instantiated many times.
+template <class T, int N>
+__device__ __forceinline__ Chunk<T, N> load_partial(const T* row, int count, int first,
+                                                    uint32_t missing = Packing<T>::kMinusInfinity) {
+  Chunk<T, N> chunk = {};
+#pragma unroll 1
+  for (int v = first + N - 1; v >= first; --v) {
+    push_entry(chunk, v >= 0 && v < count ? Packing<T>::load(row + v) : missing);
   }
   return chunk;
 }
@@ -156,13 +176,15 @@ __device__ __forceinline__ Chunk<T, N> load_partial(const T* row, int count, int
 // Writes entries [first, first + N) of a row of `count` entries; first and row together must be aligned to the chunk.
 template <class T, int N>
 __device__ __forceinline__ void store_chunk(T* row, int count, int first, const float (&x)[N]) {
+  Chunk<T, N> chunk = pack<T, N>(x);
   if (first >= 0 && first + N <= count) {
-    store_aligned<T, N>(row + first, pack<T, N>(x));
+    store_aligned<T, N>(row + first, chunk);
     return;
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (first + i >= 0 && first + i < count) Packing<T>::store(row + first + i, x[i]);
+#pragma unroll 1
+  for (int v = first; v < first + N; ++v) {
+    const uint32_t bits = pop_entry(chunk);
+    if (v >= 0 && v < count) Packing<T>::store_bits(row + v, bits);
   }
 }
 

@@ -1,90 +1,54 @@
-// `divergence` on CUDA: chooses the kernel of this divergence and pair of dtypes and launches one block per row.
+// `divergence` on CUDA: chooses the kernel of this divergence and pair of dtypes and launches one cluster of blocks per
+// row.
 #include <algorithm>
 
-#include "divergence.cuh"
+#include "divergence_kernels.cuh"
+#include "divergence_plan.h"
 #include "launch.h"
-#include "row_metrics.cuh"
-#include "zero_rest.cuh"
 
 namespace distillm {
 namespace {
 
-struct DivergenceKernel {
-  void (*function)(DivergenceArguments) = nullptr;
-  void (*metrics)(DivergenceArguments) = nullptr;
-  void (*zero_rest)(const DivergenceCall&, cudaStream_t) = nullptr;
-  int slot_bytes = 0, chunk_entries = 0;
-};
-
-template <class Student>
-void launch_zero_rest(const DivergenceCall& call, cudaStream_t stream) {
-  zero_rest_kernel<Student><<<dim3(static_cast<unsigned>(call.rows)), kZeroRestThreads, 0, stream>>>(
-      static_cast<Student*>(call.gradient), call.gradient_rows, static_cast<int32_t>(call.student_vocab),
-      static_cast<int32_t>(call.gradient_vocab));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+DivergenceShape shape_of(const DivergenceKernel& kernel, const DivergenceCall& call, int64_t vocab) {
+  return {most_chunks(static_cast<int>(vocab), kernel.chunk_entries), kernel.slot_bytes, kernel.kept_bytes,
+          call.gradient != nullptr, kernel.static_bytes};
 }
 
-template <class Functor, class Student, class Teacher>
-DivergenceKernel instantiated() {
-  using Rows = RowPair<Student, Teacher>;
-  return {divergence_kernel<Functor, Student, Teacher>, row_metrics_kernel<Student, Teacher>, launch_zero_rest<Student>,
-          Rows::kSlotBytes, Rows::N};
+// Clusters need a device that has them and code compiled for one: PTX of an older architecture knows of none. 12.0
+// and later are launched without: there a cluster is one block.
+int64_t most_blocks_of_cluster(const DivergenceKernel& kernel, const DeviceScope& device) {
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
+  const int major = device.attribute(cudaDevAttrComputeCapabilityMajor);
+  const bool has_clusters = major >= 9 && major < 12 && device.attribute(cudaDevAttrClusterLaunch);
+  return has_clusters && attributes.ptxVersion >= 90 ? kMaxCluster : 1;
 }
 
-template <class Functor, class Student>
-DivergenceKernel kernel_for_teacher(const DivergenceCall& call) {
-  return call.student_type == call.teacher_type ? instantiated<Functor, Student, Student>()
-                                                : instantiated<Functor, Student, AnyElement>();
+DeviceLimits limits_of(const DivergenceKernel& kernel, const DeviceScope& device) {
+  return {device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock), most_blocks_of_cluster(kernel, device)};
 }
 
-template <class Functor>
-DivergenceKernel kernel_for_pair(const DivergenceCall& call) {
-  switch (element_type(call.student_type)) {
-    case ElementType::kBFloat16: return kernel_for_teacher<Functor, BFloat16>(call);
-    case ElementType::kHalf: return kernel_for_teacher<Functor, Half>(call);
-    default: return kernel_for_teacher<Functor, float>(call);
-  }
-}
-
-DivergenceKernel kernel_for(const DivergenceCall& call) {
-#define DISTILLM_MATCH(public_name, Positive, AtZero, Functor) \
-  if (call.options.divergence == public_name) return kernel_for_pair<Functor<float>>(call);
-  DISTILLM_FOR_EACH_DIVERGENCE(DISTILLM_MATCH)
-#undef DISTILLM_MATCH
-  return {};
-}
-
-// Rows share a multiprocessor as their staging allows; the threads of those blocks together should fill it.
-int threads_per_block(int64_t shared_bytes, int64_t chunks) {
-  const int64_t filling = shared_bytes > 72 * 1024 ? kMaxBlockThreads : shared_bytes > 36 * 1024 ? 512 : 256;
-  const int64_t useful = (chunks + kWarp - 1) / kWarp * kWarp;
-  return static_cast<int>(std::max<int64_t>(kWarp, std::min(filling, useful)));
-}
-
-// As much of a row pair as the shared memory of a block holds beside the kernel's own.
-int32_t staged_chunks(const DivergenceKernel& kernel, int64_t chunks, int64_t own_bytes, const DeviceScope& device) {
-  const int64_t room = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - own_bytes;
-  return static_cast<int32_t>(std::min(chunks, room / kernel.slot_bytes));
-}
-
-// staged_chunks is set per launch.
-DivergenceArguments arguments_of(const DivergenceCall& call) {
+DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePlan& plan) {
   const DivergenceOptions& options = call.options;
   return {call.student,
           call.teacher,
+          call.gradient,
           call.student_rows,
           call.teacher_rows,
           call.gradient_rows,
           static_cast<int32_t>(call.student_vocab),
           static_cast<int32_t>(call.teacher_vocab),
+          static_cast<int32_t>(call.gradient_vocab),
           element_type(call.teacher_type),
-          0,
+          static_cast<int32_t>(plan.staged_turns),
+          static_cast<int32_t>(plan.kept_turns),
           call.labels,
           static_cast<const float*>(call.weight),
           static_cast<const float*>(call.alpha),
           static_cast<const float*>(call.cap),
           static_cast<float*>(call.loss),
-          call.gradient,
           static_cast<float*>(call.metrics),
           options.ignore_index,
           static_cast<float>(options.alpha),
@@ -94,35 +58,58 @@ DivergenceArguments arguments_of(const DivergenceCall& call) {
           options.detach_mixture};
 }
 
-void launch(void (*function)(DivergenceArguments), const DivergenceArguments& arguments, const DivergenceKernel& kernel,
-            const DivergenceCall& call, int64_t chunks, cudaStream_t stream) {
-  const int64_t shared_bytes = int64_t{arguments.staged_chunks} * kernel.slot_bytes;
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  const dim3 grid(static_cast<unsigned>(call.rows));
-  function<<<grid, threads_per_block(shared_bytes, chunks), shared_bytes, stream>>>(arguments);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+// The launch configuration of a plan. The attribute lives here since the configuration points to it.
+class Launch {
+ public:
+  Launch(const DivergencePlan& plan, int64_t rows, int64_t dynamic_bytes, cudaStream_t stream) {
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+    config_.gridDim = dim3(static_cast<unsigned>(rows * plan.cluster));
+    config_.blockDim = dim3(static_cast<unsigned>(plan.threads));
+    config_.dynamicSmemBytes = static_cast<size_t>(dynamic_bytes);
+    config_.stream = stream;
+    config_.attrs = &cluster_;
+    config_.numAttrs = plan.cluster > 1 ? 1 : 0;
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+  const cudaLaunchConfig_t* config() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute cluster_ = {};
+  cudaLaunchConfig_t config_ = {};
+};
+
+// Whether the device can hold a cluster of this plan at all: a part of it (MIG) may have too few multiprocessors.
+bool fits(const DivergenceKernel& kernel, const Launch& launch) {
+  int clusters = 0;
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel.function, launch.config()));
+  return clusters > 0;
 }
 
-// The metrics first: the gradient may take the place of the logits.
-void launch_all(const DivergenceKernel& kernel, const DivergenceCall& call, const DeviceScope& device) {
+void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const DeviceScope& device) {
   const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
-  check_grid(call.rows, std::max(vocab, call.gradient_vocab));
-  const int64_t chunks = most_chunks(static_cast<int>(vocab), kernel.chunk_entries);
-  DivergenceArguments arguments = arguments_of(call);
-  if (call.metrics) {
-    arguments.staged_chunks = staged_chunks(kernel, chunks, sizeof(Scratch) + sizeof(MetricScratch), device);
-    launch(kernel.metrics, arguments, kernel, call, chunks, device.stream());
+  const DivergenceShape shape = shape_of(kernel, call, vocab);
+  for (DeviceLimits limits = limits_of(kernel, device);; limits.cluster /= 2) {
+    const DivergencePlan plan = plan_divergence(shape, limits);
+    const int64_t shared_bytes = plan.dynamic_bytes(shape);
+    check_grid(call.rows * plan.cluster, vocab);
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+    const Launch launch(plan, call.rows, shared_bytes, device.stream());
+    if (plan.cluster > 1 && !fits(kernel, launch)) continue;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments_of(call, plan)));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
   }
-  arguments.staged_chunks = staged_chunks(kernel, chunks, sizeof(Scratch), device);
-  launch(kernel.function, arguments, kernel, call, chunks, device.stream());
-  if (call.gradient && call.gradient_vocab > call.student_vocab) kernel.zero_rest(call, device.stream());
 }
 
 void run(const DivergenceTensors& t, const DeviceScope& device) {
-  const DivergenceKernel kernel = kernel_for(t.call);
+  const bool one_type = t.call.student_type == t.call.teacher_type;
+  const DivergenceKernel kernel =
+      one_type ? divergence_kernel_of_one_type(t.call) : divergence_kernel_of_two_types(t.call);
   STD_TORCH_CHECK(kernel.function, "divergence '", t.call.options.divergence, "' has no CUDA kernel");
-  if (t.call.rows > 0) launch_all(kernel, t.call, device);
+  if (t.call.rows > 0) launch(kernel, t.call, device);
 }
 
 std::tuple<Tensor, Tensor, Tensor> divergence(const Tensor& student, const Tensor& teacher,

@@ -75,25 +75,6 @@ __device__ __forceinline__ float collect(const PartialSums& partial) {
   return warp_sum(lane < blockDim.x / kWarp ? partial[lane] : 0.0f);
 }
 
-// The smallest of numbers that are not negative.
-using PartialFirsts = int[kMaxWarps];
-
-__device__ __forceinline__ int warp_first(int x) {
-#pragma unroll
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) x = min(x, __shfl_xor_sync(kAllLanes, x, lane));
-  return x;
-}
-
-__device__ __forceinline__ void publish_first(int x, PartialFirsts& partial) {
-  x = warp_first(x);
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
-}
-
-__device__ __forceinline__ int collect_first(const PartialFirsts& partial) {
-  const int lane = threadIdx.x % kWarp;
-  return warp_first(lane < blockDim.x / kWarp ? partial[lane] : INT32_MAX);
-}
-
 __device__ __forceinline__ ExpSum collect(const PartialExpSums& partial, float scale) {
   const int lane = threadIdx.x % kWarp;
   return warp_combine(lane < blockDim.x / kWarp ? partial[lane] : ExpSum::empty(), scale);

@@ -1,78 +1,100 @@
-// Teacher entropy, student entropy and top-1 agreement of every row, for the trainer's log.
-//
-//   student [R, Vs], teacher [R, Vt] as in divergence.cuh -> metrics [R, 3] float
-//
-// One block per row, two visits: softmax statistics, then entropies and the place of the largest logit. A launch of its
-// own, before the divergence's, which may overwrite the student: in that kernel, at its limit of registers, these sums
-// would spill. So metrics cost one more read of both rows; rows that are left out are not read.
+// Entropies of both sides of a row and whether they agree on the top entry, for the log of a training run.
 #pragma once
 
-#include <cfloat>
-
-#include "divergence.cuh"
+#include "../math/metrics.h"
+#include "../math/ordered_key.h"
+#include "cluster_reduce.cuh"
+#include "divergence_row.cuh"
 
 namespace distillm {
 
-struct MetricScratch {
-  PartialSums teacher_entropy, student_entropy;
-  PartialFirsts teacher_top, student_top;
-};
+// The largest logit so far and the first entry that has it.
+struct TopEntry {
+  float logit;
+  int id;
 
-// What the metrics see of one side.
-struct SideMetrics {
-  float entropy;  // base 2, of the entries seen
-  int top;        // the first entry seen that has the largest logit
-
-  template <int N>
-  __device__ void add(const Softmax& side, int first, const float (&z)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float log2_p = at_least(side.log2_probability(z[i]), -FLT_MAX);  // finite: 0 times it is 0
-      entropy -= exp2_fast(log2_p) * log2_p;
-      top = z[i] == side.maximum ? min(top, first + i) : top;
-    }
+  __device__ void add(float z, int v) {
+    if (z > logit || (z == logit && v < id)) logit = z, id = v;
+  }
+  // Larger for larger logits and, of equal ones, for smaller ids.
+  __device__ unsigned long long order() const {
+    return static_cast<unsigned long long>(ordered_key(logit)) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
   }
 };
 
-// Entropies and top-1 agreement of a row whose softmaxes are known.
-template <class Student, class Teacher>
-__device__ void write_metrics(const RowPair<Student, Teacher>& rows, const RowSoftmaxes& softmaxes,
-                              MetricScratch& scratch, float* metrics) {
-  constexpr int N = RowPair<Student, Teacher>::N;
-  SideMetrics student{0.0f, INT32_MAX}, teacher{0.0f, INT32_MAX};
-  const auto add = [&](int first, const float (&student_logits)[N], const float (&teacher_logits)[N]) {
-    student.add(softmaxes.q, first, student_logits);
-    teacher.add(softmaxes.p, first, teacher_logits);
-  };
-  rows.template visit<false>(max(rows.student.vocab, rows.teacher.vocab), add);
-  publish(teacher.entropy, scratch.teacher_entropy);
-  publish(student.entropy, scratch.student_entropy);
-  publish_first(teacher.top, scratch.teacher_top);
-  publish_first(student.top, scratch.student_top);
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return;
-  const float of_teacher = collect(scratch.teacher_entropy), of_student = collect(scratch.student_entropy);
-  const int teacher_top = collect_first(scratch.teacher_top), student_top = collect_first(scratch.student_top);
-  if (threadIdx.x != 0) return;
-  metrics[0] = fmaxf(of_teacher, 0.0f) * static_cast<float>(kLn2);
-  metrics[1] = fmaxf(of_student, 0.0f) * static_cast<float>(kLn2);
-  metrics[2] = teacher_top == student_top ? 1.0f : 0.0f;
-}
+struct Largest {
+  using Value = unsigned long long;
 
-// Launched like divergence_kernel.
-template <class Student, class Teacher>
-__global__ void __launch_bounds__(kMaxBlockThreads) row_metrics_kernel(const DivergenceArguments a) {
-  using Rows = RowPair<Student, Teacher>;
-  __shared__ Scratch scratch;
-  __shared__ MetricScratch metric_scratch;
-  extern __shared__ uint4 slots[];
-  const int64_t row = blockIdx.x;
-  if (RowInputs::of(a, row).skipped(a)) return;
-  const typename Rows::StudentRow student(a.student, a.student_rows.offset(row), a.student_vocab, ElementType{});
-  const typename Rows::TeacherRow teacher(a.teacher, a.teacher_rows.offset(row), a.teacher_vocab, a.teacher_type);
-  const Rows rows(student, teacher, phase_of<Student, Rows::N>(student.row), slots, a.staged_chunks);
-  const RowSoftmaxes softmaxes = row_softmaxes(rows, a, scratch);
-  if (softmaxes.legal) write_metrics(rows, softmaxes, metric_scratch, a.metrics + kMetrics * row);
-}
+  __device__ Value empty() const { return 0; }
+  template <int kLanes>
+  __device__ Value lanes(Value x) const {
+#pragma unroll
+    for (int lane = kLanes / 2; lane > 0; lane /= 2) {
+      const Value other = __shfl_xor_sync(kAllLanes, x, lane);
+      x = other > x ? other : x;
+    }
+    return x;
+  }
+};
+
+struct MetricsScratch {
+  Partials<Add> student_entropy, teacher_entropy;
+  Partials<Largest> student_top, teacher_top;
+};
+
+// A thread's share. q and p: the softmax of each side's own logits.
+struct RowMetrics {
+  Softmax q, p;
+  float student_entropy, teacher_entropy;  // -sum p log2 p
+  TopEntry student_top, teacher_top;
+
+  __device__ static RowMetrics of(const RowSoftmaxes& softmaxes) {
+    const TopEntry none{-CUDART_INF_F, INT32_MAX};
+    return {softmaxes.q, softmaxes.p, 0, 0, none, none};
+  }
+
+  template <int N>
+  __device__ void add(int first, const float (&student_logits)[N], const float (&teacher_logits)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      student_entropy -= negative_entropy(q, student_logits[i]);
+      teacher_entropy -= negative_entropy(p, teacher_logits[i]);
+      student_top.add(student_logits[i], first + i);
+      teacher_top.add(teacher_logits[i], first + i);
+    }
+  }
+
+  __device__ void publish(MetricsScratch& scratch) const {
+    scratch.student_entropy.publish({}, student_entropy);
+    scratch.teacher_entropy.publish({}, teacher_entropy);
+    scratch.student_top.publish({}, student_top.order());
+    scratch.teacher_top.publish({}, teacher_top.order());
+  }
+  __device__ static void share(MetricsScratch& scratch, const Cluster& cluster) {
+    scratch.student_entropy.share({}, cluster);
+    scratch.teacher_entropy.share({}, cluster);
+    scratch.student_top.share({}, cluster);
+    scratch.teacher_top.share({}, cluster);
+  }
+  // By every thread of the cluster; one writes.
+  __device__ static void write(const MetricsScratch& scratch, const Cluster& cluster, float* out) {
+    const float nats = static_cast<float>(kLn2);
+    const float teacher = nats * scratch.teacher_entropy.total({}, cluster);
+    const float student = nats * scratch.student_entropy.total({}, cluster);
+    const bool agree = static_cast<uint32_t>(scratch.teacher_top.total({}, cluster)) ==
+                       static_cast<uint32_t>(scratch.student_top.total({}, cluster));
+    if (cluster.thread() != 0) return;
+    out[0] = fmaxf(teacher, 0.0f);
+    out[1] = fmaxf(student, 0.0f);
+    out[2] = agree ? 1.0f : 0.0f;
+  }
+
+ private:
+  // A probability that is 0 has a logarithm that counts as finite, so that its product is 0.
+  __device__ static float negative_entropy(const Softmax& softmax, float z) {
+    const float log2_p = fmaxf(softmax.log2_probability(z), -1e4f);
+    return exp2_fast(log2_p) * log2_p;
+  }
+};
 
 }  // namespace distillm

@@ -1,18 +1,21 @@
 // The logits of one row, student's and teacher's, and the walk over them that every pass of a row kernel makes.
 //
 // The row is cut into chunks (chunk.cuh) at the addresses where the gradient's chunks are aligned; chunk c holds the
-// entries [c * N - phase, (c + 1) * N - phase). Thread t of a block visits the positions t, t + threads, ...: first the
-// full chunks, several loads in flight per thread, then the partial ones at both ends. Whatever a side lacks reads as
-// -inf.
+// entries [c * N - phase, (c + 1) * N - phase). They have positions: first the chunks that are full and aligned on both
+// sides, then the partial ones at both ends. The threads of the cluster take the positions in turn. Whatever a side
+// lacks reads as -inf.
 //
-// The first visit keeps the first `capacity` positions in shared memory, each slot written and read by one thread, so
-// that no barrier is needed and no bank conflict arises; later visits take those from there and the rest from memory
-// again.
+// Each thread has a slot of the block's shared memory for every one of its turns, and nobody else touches it: no
+// barrier is needed. The lanes of a warp lie side by side, so no bank conflict arises. The first visit leaves the
+// logits of the first `staged` turns there, and later visits read no memory for those. Of the first `kept` of these
+// turns the second visit may replace the teacher's logits by a float per entry, for the third to find.
 #pragma once
 
 #include <type_traits>
 
 #include "chunk.cuh"
+#include "cluster.cuh"
+#include "reduce.cuh"
 
 namespace distillm {
 
@@ -30,6 +33,19 @@ __host__ __device__ constexpr int most_chunks(int vocab, int chunk_entries) {
   return (vocab + 2 * chunk_entries - 2) / chunk_entries;
 }
 
+// x, as a value that the compiler cannot take apart: it would compute sums and products of a whole loop again at every
+// use, to spare registers that the kernels have.
+__device__ __forceinline__ int settled(int x) {
+  asm("" : "+r"(x));
+  return x;
+}
+template <class T>
+__device__ __forceinline__ T* settled(T* global) {
+  asm("" : "+l"(global));
+  __builtin_assume(__isGlobal(global));
+  return global;
+}
+
 // One side of a row.
 template <class T, int N>
 struct LogitRow {
@@ -38,13 +54,13 @@ struct LogitRow {
   int vocab;
 
   __device__ LogitRow(const void* data, int64_t offset, int vocab, ElementType)
-      : row(static_cast<const T*>(data) + offset), vocab(vocab) {}
+      : row(settled(static_cast<const T*>(data) + offset)), vocab(vocab) {}
   __device__ bool aligned(int phase) const { return phase_of<T, N>(row) == phase; }
   __device__ Loaded load_inside(int first) const { return load_aligned<T, N>(row + first); }
-  __device__ Loaded load(int first, bool aligned) const {
+  __device__ Loaded load(int first, bool aligned, uint32_t missing = Packing<T>::kMinusInfinity) const {
     if (aligned && first >= 0 && first + N <= vocab) return load_inside(first);
     if (first >= N && first + 2 * N <= vocab) return load_shifted<T, N>(row + first);
-    return load_partial<T, N>(row, vocab, first);
+    return load_partial<T, N>(row, vocab, first, missing);
   }
   __device__ float entry(int v) const {
     float z[4 / sizeof(T)];
@@ -65,123 +81,216 @@ struct LogitRow<AnyElement, N> {
   __device__ LogitRow(const void* data, int64_t offset, int vocab, ElementType type)
       : data(data), offset(offset), vocab(vocab), type(type) {}
 
+  // As a row of float or of 16-bit words, which are told apart only when they are converted: two kinds of loads in the
+  // code instead of three.
   template <class Use>
-  __device__ auto typed(Use use) const {
-    switch (type) {
-      case ElementType::kBFloat16: return use(LogitRow<BFloat16, N>(data, offset, vocab, type));
-      case ElementType::kHalf: return use(LogitRow<Half, N>(data, offset, vocab, type));
-      default: return use(LogitRow<float, N>(data, offset, vocab, type));
-    }
+  __device__ auto sized(Use use) const {
+    return type == ElementType::kFloat ? use(LogitRow<float, N>(data, offset, vocab, type))
+                                       : use(LogitRow<BFloat16, N>(data, offset, vocab, type));
   }
-  template <class T>
-  __device__ static Loaded widened(const Chunk<T, N>& chunk) {
+  __device__ Loaded widened(const Chunk<float, N>& chunk) const { return chunk; }
+  __device__ Loaded widened(const Chunk<BFloat16, N>& chunk) const {
     float z[N];
-    unpack(chunk, z);
+    if (type == ElementType::kHalf) {
+      unpack(bit_cast<Chunk<Half, N>>(chunk), z);
+    } else {
+      unpack(chunk, z);
+    }
     return pack<float, N>(z);
   }
   __device__ bool aligned(int phase) const {
-    return typed([=](auto row) { return row.aligned(phase); });
+    return sized([=](auto row) { return row.aligned(phase); });
   }
   __device__ Loaded load_inside(int first) const {
-    return typed([=](auto row) { return widened(row.load_inside(first)); });
+    return sized([=](auto row) { return widened(row.load_inside(first)); });
   }
   __device__ Loaded load(int first, bool aligned) const {
-    return typed([=](auto row) { return widened(row.load(first, aligned)); });
+    const uint32_t missing = type == ElementType::kFloat  ? Packing<float>::kMinusInfinity
+                             : type == ElementType::kHalf ? Packing<Half>::kMinusInfinity
+                                                          : Packing<BFloat16>::kMinusInfinity;
+    return sized([=](auto row) { return widened(row.load(first, aligned, missing)); });
   }
   __device__ float entry(int v) const {
-    return typed([=](auto row) { return row.entry(v); });
+    if (v >= vocab) return __uint_as_float(Packing<float>::kMinusInfinity);
+    if (type == ElementType::kFloat) return static_cast<const float*>(data)[offset + v];
+    const uint16_t bits = static_cast<const BFloat16*>(data)[offset + v].bits;
+    return type == ElementType::kHalf ? to_real(Half{bits}) : to_real(BFloat16{bits});
   }
+};
+
+// One of a thread's chunks: its position in the row and the thread's slot for it.
+struct Place {
+  int position;
+  float4* slot;   // the student's logits; the teacher's are kWarp further
+  float4* extra;  // of a kept turn, what has no room in the slot
 };
 
 template <class Student, class Teacher>
 struct RowPair {
+  static constexpr bool kOneType = std::is_same_v<Student, Teacher>;
   static constexpr int N = kChunkEntries<Student, Teacher>;
-  static constexpr int kInFlight = 2;  // pairs of loads per thread
+  static constexpr int kInFlight = 4;  // pairs of loads per thread
+  using Stored = std::conditional_t<kOneType, Student, float>;
   using StudentRow = LogitRow<Student, N>;
   using TeacherRow = LogitRow<Teacher, N>;
-  using StudentChunk = typename StudentRow::Loaded;
-  using TeacherChunk = typename TeacherRow::Loaded;
+  using Logits = Chunk<Stored, N>;
   struct Loaded {
-    StudentChunk student;
-    TeacherChunk teacher;
+    Logits student, teacher;
   };
-  static constexpr int kSlotBytes = sizeof(Loaded);  // shared memory per position
+  static constexpr int kSlotBytes = sizeof(Loaded);                                // shared memory per thread and turn
+  static constexpr int kKeptBytes = N * int{sizeof(float)} - int{sizeof(Logits)};  // more of it in a kept turn
 
   StudentRow student;
   TeacherRow teacher;
+  Cluster cluster;
   int phase;
   bool student_aligned, teacher_aligned;
-  int head, full;               // partial chunks before the full ones; full chunks, 0 if a side is out of phase
-  TeacherChunk* teacher_slots;  // first: 16 bytes each, always, which keeps the student's aligned
-  StudentChunk* student_slots;
-  int capacity;
+  int head, full;                   // partial chunks before the full ones; full chunks, 0 if a side is out of phase
+  int full_offset;                  // first entry of the first full chunk
+  int staged, kept;                 // positions
+  int step, slot_step, extra_step;  // from a thread's turn to its next
+  float4* slots;
+  float4* extras;
 
-  __device__ RowPair(StudentRow student, TeacherRow teacher, int phase, void* slots, int capacity)
+  __device__ RowPair(StudentRow student, TeacherRow teacher, Cluster cluster, int phase, float4* shared,
+                     int staged_turns, int kept_turns)
       : student(student),
         teacher(teacher),
+        cluster(cluster),
         phase(phase),
         student_aligned(student.aligned(phase)),
         teacher_aligned(teacher.aligned(phase)),
         head(phase > 0),
         full(0),
-        teacher_slots(static_cast<TeacherChunk*>(slots)),
-        student_slots(reinterpret_cast<StudentChunk*>(teacher_slots + capacity)),
-        capacity(capacity) {
+        full_offset(settled(phase > 0 ? N - phase : 0)),
+        staged(settled(staged_turns * cluster.threads())),
+        kept(settled(kept_turns * cluster.threads())),
+        step(settled(cluster.threads())),
+        slot_step(settled(2 * static_cast<int>(blockDim.x))),
+        extra_step(settled(static_cast<int>(blockDim.x))),
+        slots(shared + threadIdx.x / kWarp * (2 * kWarp) + threadIdx.x % kWarp),
+        extras(shared + staged_turns * 2 * blockDim.x + threadIdx.x) {
     const int end = (phase + min(student.vocab, teacher.vocab)) / N;
     if (student_aligned && teacher_aligned) full = max(end - head, 0);
+  }
+
+  // The first logit of a side, loaded by one lane of each warp.
+  template <class Row>
+  __device__ static float first_logit(const Row& row) {
+    const float z = threadIdx.x % kWarp == 0 ? row.entry(0) : 0.0f;
+    return __shfl_sync(kAllLanes, z, 0);
   }
 
   __device__ int chunks(int vocab) const { return (phase + vocab + N - 1) / N; }
 
   // First entry of the chunk at a position; negative in a partial first chunk.
   __device__ int first_entry(int position) const {
-    const bool is_full = position < full, is_head = !is_full && position < full + head;
-    return (position + (is_full ? head : is_head ? -full : 0)) * N - phase;
+    const int first = position * N + full_offset;
+    if (position < full) return first;
+    return position < full + head ? -phase : position * N - phase;
   }
 
-  template <bool kFirstVisit, bool kInside>
-  __device__ Loaded fetch(int position) const {
-    if (!kFirstVisit && position < capacity) {
-      return {load_aligned_slot(student_slots + position), load_aligned_slot(teacher_slots + position)};
-    }
-    const int first = first_entry(position);
-    if (kInside) return {student.load_inside(first), teacher.load_inside(first)};
-    return {student.load(first, student_aligned), teacher.load(first, teacher_aligned)};
+  __device__ Place first_place() const { return {cluster.thread(), slots, extras}; }
+  __device__ Place after(Place place, int turns) const {
+    return {place.position + turns * step, place.slot + turns * slot_step, place.extra + turns * extra_step};
   }
 
   template <class T>
-  __device__ static Chunk<T, N> load_aligned_slot(const Chunk<T, N>* slot) {
-    return load_aligned<T, N>(slot);
+  __device__ static Logits stored(const Chunk<T, N>& chunk) {
+    if constexpr (std::is_same_v<T, Stored>) {
+      return chunk;
+    } else {
+      float z[N];
+      unpack(chunk, z);
+      return pack<float, N>(z);
+    }
+  }
+  __device__ Loaded load(int position) const {
+    const int first = first_entry(position);
+    return {stored(student.load(first, student_aligned)), stored(teacher.load(first, teacher_aligned))};
+  }
+  __device__ Loaded load_full(int position) const {
+    const int first = position * N + full_offset;
+    return {stored(student.load_inside(first)), stored(teacher.load_inside(first))};
   }
 
-  template <bool kFirstVisit, class Body>
-  __device__ void pass(int position, const Loaded& loaded, Body& body) const {
-    if (kFirstVisit && position < capacity) {
-      store_aligned(student_slots + position, loaded.student);
-      store_aligned(teacher_slots + position, loaded.teacher);
+  template <class Body>
+  __device__ void first_look(Place place, const Loaded& loaded, Body& body) const {
+    if (place.position < staged) {
+      store_aligned(place.slot, loaded.student);
+      store_aligned(place.slot + kWarp, loaded.teacher);
     }
     float student_logits[N], teacher_logits[N];
     unpack(loaded.student, student_logits);
     unpack(loaded.teacher, teacher_logits);
-    body(first_entry(position), student_logits, teacher_logits);
+    body(student_logits, teacher_logits);
   }
 
-  // Calls body(first entry, student logits, teacher logits) for this thread's share of the chunks of `vocab` entries,
-  // which may be less than a side has but not less than both have.
-  template <bool kFirstVisit, class Body>
-  __device__ void visit(int vocab, Body body) const {
-    const int step = blockDim.x, count = chunks(vocab);
-    int position = threadIdx.x;
-    for (; position + (kInFlight - 1) * step < full; position += kInFlight * step) {
+  // Loads, stages and passes to body(student logits, teacher logits) this thread's chunks of all that either side has.
+  template <class Body>
+  __device__ void first_visit(Body body) const {
+    Place place = first_place();
+#pragma unroll 1
+    for (; place.position < full; place = after(place, kInFlight)) {
       Loaded loaded[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) loaded[i] = fetch<kFirstVisit, true>(position + i * step);
+      for (int i = 0; i < kInFlight; ++i) {
+        if (after(place, i).position < full) loaded[i] = load_full(after(place, i).position);
+      }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) pass<kFirstVisit>(position + i * step, loaded[i], body);
+      for (int i = 0; i < kInFlight; ++i) {
+        if (after(place, i).position < full) first_look(after(place, i), loaded[i], body);
+      }
     }
+    while (place.position >= full + step) place = after(place, -1);  // turns of the last round not taken
+    const int count = chunks(max(student.vocab, teacher.vocab));
 #pragma unroll 1
-    for (; position < count; position += step) {
-      pass<kFirstVisit>(position, fetch<kFirstVisit, false>(position), body);
+    for (; place.position < count; place = after(place, 1)) first_look(place, load(place.position), body);
+  }
+
+  // Writes to the chunk at a position of another row of `vocab` entries.
+  template <class T>
+  __device__ void store(T* row, int vocab, int position, int first, const float (&x)[N]) const {
+    if (position < full) {
+      store_aligned(row + first, pack<T, N>(x));
+    } else {
+      store_chunk<T, N>(row, vocab, first, x);
+    }
+  }
+
+  // Calls body(place) for this thread's chunks of `vocab` entries, which may be less than a side has but not less than
+  // both have.
+  template <class Body>
+  __device__ void visit(int vocab, Body body) const {
+    const int count = chunks(vocab);
+#pragma unroll 1
+    for (Place place = first_place(); place.position < count; place = after(place, 1)) body(place);
+  }
+
+  // After the first visit, where keep() has not replaced the teacher's.
+  __device__ void logits(Place place, float (&student_logits)[N], float (&teacher_logits)[N]) const {
+    Loaded loaded;
+    if (place.position < staged) {
+      loaded = {load_aligned<Stored, N>(place.slot), load_aligned<Stored, N>(place.slot + kWarp)};
+    } else {
+      loaded = load(place.position);
+    }
+    unpack(loaded.student, student_logits);
+    unpack(loaded.teacher, teacher_logits);
+  }
+  // Of a staged turn.
+  __device__ void student_logits(Place place, float (&z)[N]) const { unpack(load_aligned<Stored, N>(place.slot), z); }
+
+  __device__ void keep(Place place, const float (&x)[N]) const {
+    place.slot[kWarp] = {x[0], x[1], x[2], x[3]};
+    if constexpr (N == 8) *place.extra = {x[4], x[5], x[6], x[7]};
+  }
+  __device__ void kept_values(Place place, float (&x)[N]) const {
+    const float4 low = place.slot[kWarp];
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    if constexpr (N == 8) {
+      const float4 high = *place.extra;
+      x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
     }
   }
 };

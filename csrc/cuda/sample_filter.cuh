@@ -146,7 +146,8 @@ __device__ void digit_histogram(const SampleRow<T>& row, SearchScratch& scratch,
   __syncthreads();
 }
 
-// Of the listed candidates the one that completes the target, on top of `above`; by mass or by count.
+// Of the listed candidates the one that completes the target, on top of `above`; by mass or by count. Where none does,
+// scratch.answer stays what it was.
 __device__ __forceinline__ Kept complete_in_list(SearchScratch& scratch, bool by_mass, unsigned long long above,
                                                  unsigned long long target) {
   for (int i = threadIdx.x; i < scratch.listed; i += blockDim.x) {
@@ -155,8 +156,8 @@ __device__ __forceinline__ Kept complete_in_list(SearchScratch& scratch, bool by
     if (before < target && target <= before + own) scratch.answer = i;
   }
   __syncthreads();
-  const Kept kept{scratch.key[scratch.answer], scratch.id[scratch.answer]};
-  __syncthreads();
+  const int answer = scratch.answer < 0 ? 0 : scratch.answer;
+  const Kept kept{scratch.key[answer], scratch.id[answer]};
   return kept;
 }
 
@@ -181,11 +182,14 @@ __device__ Kept row_threshold(const SampleRow<T>& row, SearchScratch& scratch, T
     __syncthreads();
     if (step > 0) continue;
     list_candidates(row, tempering, scratch, measure.inside);
-    if (scratch.listed <= kListed) return complete_in_list(scratch, by_mass, above, target);
+    if (scratch.listed > kListed) continue;
+    const Kept kept = complete_in_list(scratch, by_mass, above, target);
+    __syncthreads();
+    return kept;
   }
   // Equal logits measure the same: how many of them complete the target, and the id of the last.
   const uint32_t key = measure.inside.digits;
-  const unsigned long long each = measure.whole(logit_of_key(key));
+  const unsigned long long each = measure.whole(number_of_key(key));
   measure.by_mass = false;
   sum_tiles(row, scratch, measure);
   locate(row, scratch, measure, false, (target - above + each - 1) / each - 1);

@@ -77,16 +77,22 @@ struct SampleRow {
   }
 
   __device__ int first_entry(int chunk) const { return chunk * N - phase; }
+  __device__ int tile_of(int id) const { return (id + phase) / (N * kTileChunks); }
+  __device__ static int chunk_of(int tile, int j) { return tile * kTileChunks + j * kWarp + threadIdx.x % kWarp; }
 
-  template <bool kFirst>
-  __device__ Loaded load(int chunk) const {
-    if (chunk >= chunks) return load_partial<T, N>(row, 0, 0);
-    if (!kFirst && chunk < staged) return load_aligned<T, N>(slots + chunk);
+  // `from_memory`: the first time; the chunk is staged then.
+  __device__ Loaded load(int chunk, bool from_memory) const {
+    if (!from_memory && chunk < staged) return load_aligned<T, N>(slots + chunk);
     const int first = first_entry(chunk);
     const Loaded loaded =
         first >= 0 && first + N <= vocab ? load_aligned<T, N>(row + first) : load_partial<T, N>(row, vocab, first);
-    if (kFirst && chunk < staged) store_aligned<T, N>(slots + chunk, loaded);
+    if (from_memory && chunk < staged) store_aligned<T, N>(slots + chunk, loaded);
     return loaded;
+  }
+
+  __device__ void load_tile(int tile, bool from_memory, Loaded (&loaded)[kLaneChunks]) const {
+#pragma unroll
+    for (int j = 0; j < kLaneChunks; ++j) loaded[j] = load(chunk_of(tile, j), from_memory);
   }
 
   __device__ static bool bit(const uint32_t* bits, int v) { return bits[v >> 5] >> (v & 31) & 1u; }
@@ -102,22 +108,46 @@ struct SampleRow {
     }
   }
 
-  // Pass 1: visit_chunk(id of the first entry, raw logits), four loads in flight per lane.
+  // Pass 1: visit_chunk(id of the first entry, raw logits), four loads in flight per lane. `seen`: after
+  // largest_of_first.
   template <class VisitChunk>
-  __device__ void visit_raw(VisitChunk&& visit_chunk) const {
-    const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  __device__ void visit_raw(bool seen, VisitChunk&& visit_chunk) const {
+    const int warps = blockDim.x / kWarp;
 #pragma unroll 1
     for (int tile = threadIdx.x / kWarp; tile < tiles; tile += warps) {
       Loaded loaded[kLaneChunks];
-#pragma unroll
-      for (int j = 0; j < kLaneChunks; ++j) loaded[j] = load<true>(tile * kTileChunks + j * kWarp + lane);
+      load_tile(tile, !(seen && comes_first(tile)), loaded);
 #pragma unroll
       for (int j = 0; j < kLaneChunks; ++j) {
         float z[N];
         unpack(loaded[j], z);
-        visit_chunk(first_entry(tile * kTileChunks + j * kWarp + lane), z);
+        visit_chunk(first_entry(chunk_of(tile, j)), z);
       }
     }
+  }
+
+  // The first tile of every warp, as far as it is staged: it may be looked at before pass 1 at no further read.
+  __device__ bool comes_first(int tile) const {
+    const bool stays = staged >= chunks || (tile + 1) * kTileChunks <= staged;
+    return stays && tile < tiles && tile < static_cast<int>(blockDim.x) / kWarp;
+  }
+
+  // This lane's largest logit, after penalty and mask, of the tile of its warp that comes first.
+  __device__ float largest_of_first() const {
+    const int tile = threadIdx.x / kWarp;
+    float largest = -CUDART_INF_F;
+    if (!comes_first(tile)) return largest;
+    Loaded loaded[kLaneChunks];
+    load_tile(tile, true, loaded);
+#pragma unroll
+    for (int j = 0; j < kLaneChunks; ++j) {
+      float z[N];
+      unpack(loaded[j], z);
+      adjust(first_entry(chunk_of(tile, j)), z);
+#pragma unroll
+      for (int i = 0; i < N; ++i) largest = fmaxf(largest, z[i]);
+    }
+    return largest;
   }
 
   // Later passes: visit_chunk(id of the first entry, logits after penalty and mask), end_tile(tile) by whole warps.
@@ -134,7 +164,7 @@ struct SampleRow {
   template <class VisitChunk>
   __device__ void visit_one(int chunk, VisitChunk&& visit_chunk) const {
     float z[N];
-    unpack(load<false>(chunk), z);
+    unpack(load(chunk, false), z);
     const int first = first_entry(chunk);
     adjust(first, z);
     visit_chunk(first, z);

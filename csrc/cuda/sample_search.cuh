@@ -2,30 +2,35 @@
 // threshold among listed candidates. Sums of integers only: the result does not depend on the order of threads.
 #pragma once
 
+#include <cstddef>
+
 #include "sample_row.cuh"
 
 namespace distillm {
 
-constexpr int kDigits = 2048;        // of a radix step, with 64-bit sums
-constexpr int kCoarseDigits = 4096;  // of the search for a bound, with 32-bit counts
-constexpr int kListed = 1024;        // candidates that are ranked by comparing each with each
+constexpr int kDigits = 2048;  // of a radix step, with 64-bit sums
+constexpr int kBins = 8192;    // of the counts of pass 1 (sample_bracket.cuh)
+constexpr int kListed = 1024;  // candidates that are ranked by comparing each with each
 constexpr int kSegments = kWarp;
 constexpr int kMostTiles = 2064;  // of the longest row: 2^20 entries, 4 per chunk, 128 chunks per tile
 
-// What the searches share. `sums` holds a histogram, the masses of the tiles, or the masses of kept candidates.
+// What the searches share. `sums` holds a histogram, the masses of the tiles, or the masses of kept candidates. The
+// bins of pass 1 lie over it and the list, which come later.
 struct SearchScratch {
-  union {
-    unsigned long long sums[kMostTiles];
-    uint32_t counts[kCoarseDigits];
-  };
-  unsigned long long segment[kSegments];
+  unsigned long long sums[kMostTiles];
   unsigned long long mass[kListed];
   uint32_t key[kListed];
   int32_t id[kListed];
+  unsigned long long segment[kSegments];
+  unsigned long long warp_sum[kMaxWarps];
   int32_t listed;  // how many candidates there were, listed or not
   int32_t answer;
   unsigned long long total, part;
+
+  __device__ uint32_t* bins() { return reinterpret_cast<uint32_t*>(sums); }
+  __device__ const uint32_t* bins() const { return reinterpret_cast<const uint32_t*>(sums); }
 };
+static_assert(offsetof(SearchScratch, segment) >= kBins * sizeof(uint32_t), "the bins fit");
 
 __device__ __forceinline__ unsigned long long warp_total(unsigned long long x) {
 #pragma unroll
@@ -59,13 +64,12 @@ struct Digit {
 };
 
 // Sums per segment of the histogram; the histogram is complete. Followed by a barrier, then every thread may search.
-template <int kBins, class Sum>
-__device__ void sum_segments(const Sum* histogram, SearchScratch& scratch) {
-  constexpr int kPerSegment = kBins / kSegments;
+template <int kSize, class Histogram>
+__device__ void sum_segments(const Histogram& histogram, SearchScratch& scratch) {
+  constexpr int kPerSegment = kSize / kSegments;
   const int lane = threadIdx.x % kWarp;
   for (int s = threadIdx.x / kWarp; s < kSegments; s += blockDim.x / kWarp) {
     unsigned long long sum = 0;
-#pragma unroll
     for (int i = 0; i < kPerSegment; i += kWarp) sum += histogram[s * kPerSegment + i + lane];
     sum = warp_total(sum);
     if (lane == 0) scratch.segment[s] = sum;
@@ -77,9 +81,9 @@ __device__ __forceinline__ unsigned long long histogram_total(const SearchScratc
 }
 
 // Every warp searches for itself.
-template <int kBins, class Sum>
-__device__ Digit find_digit(const Sum* histogram, const SearchScratch& scratch, unsigned long long point) {
-  constexpr int kPerSegment = kBins / kSegments;
+template <int kSize, class Histogram>
+__device__ Digit find_digit(const Histogram& histogram, const SearchScratch& scratch, unsigned long long point) {
+  constexpr int kPerSegment = kSize / kSegments;
   const int lane = threadIdx.x % kWarp;
   unsigned long long above = 0;
   const int from_top = warp_locate(scratch.segment[kSegments - 1 - lane], point, above);

@@ -3,26 +3,27 @@
 //   logits [R, V], float, bfloat16 or float16, any row stride -> token [R], its two log-probabilities, valid [R]
 //
 // One block per row; lanes visit chunks of 16 bytes (sample_row.cuh). Pass 1: maximum, softmax statistics at T = 1 and,
-// for top-k, a histogram of the chunks' maxima that bounds the k-th logit from below. Then
-//   no filter       masses of tiles of entries, one tile once more;
-//   top-k, min-p    pass 2 lists the entries above the bound, and the list (up to 1024) is all that is looked at;
-//   top-p alone, or a longer list: the threshold by radix search over the row (sample_filter.cuh), 2 to 4 passes per
-//                   filter, and the masses of tiles.
+// where a filter needs a bound, counts of logits in bins (sample_bracket.cuh). Pass 2:
+//   no filter, min-p    masses of tiles of entries, one tile once more;
+//   top-k up to 1024    lists the entries that reach the k-th largest chunk maximum; the list is all that is looked at;
+//   top-p, larger top-k lists the entries around the threshold, and masses of tiles of those above it.
+// A list (up to 1024) that is too short for its entries, which takes many equal or nearly equal logits, and top-k above
+// 1024 together with top-p: the threshold by radix search (sample_filter.cuh), 2 to 4 passes per filter.
 // Neither weights nor a sorted row nor a mask is ever written. Each logit is read from memory once where the row fits
 // in shared memory; of longer rows the first part is kept there and the rest is read once per pass.
 //
 // Masses are 64-bit integers (math/token_mass.h): the token is the CPU kernel's, bit for bit.
 #pragma once
 
-#include "sample_filter.cuh"
+#include "sample_bracket.cuh"
 
 namespace distillm {
 
-constexpr int kSampleThreads = 768;  // 80 registers each; 64 are too few on sm_100
+constexpr int kSampleThreads = 768;  // which leaves 80 registers to each
 
 struct SampleScratch {
   PartialExpSums raw;
-  float maximum[kMaxWarps];
+  float maximum[kMaxWarps], first_maximum[kMaxWarps];
   SearchScratch search;
 };
 
@@ -31,13 +32,43 @@ struct RowStatistics {
   float maximum;  // after penalty and mask
 };
 
-// Pass 1. With `coarse` also the histogram of the chunks' maxima.
-template <class T>
-__device__ RowStatistics row_statistics(const SampleRow<T>& row, bool coarse, SampleScratch& scratch) {
-  constexpr int N = SampleRow<T>::N;
-  for (int i = threadIdx.x; coarse && i < kCoarseDigits; i += blockDim.x) scratch.search.counts[i] = 0;
+// What pass 1 counts in the bins.
+enum class Counted { kNothing, kChunkMaxima, kEntries };
+
+// Whatever a list or a bracket will serve.
+__device__ __forceinline__ Counted counted_by(const SamplingRule& rule, bool limits_count) {
+  if (rule.greedy()) return Counted::kNothing;
+  if (!limits_count) return rule.top_p < 1 ? Counted::kEntries : Counted::kNothing;
+  if (rule.top_k > kListed / 2 && rule.top_p == 1) return Counted::kEntries;
+  return rule.top_k <= kListed ? Counted::kChunkMaxima : Counted::kNothing;
+}
+
+// The largest of a number per thread; every thread receives it.
+__device__ __forceinline__ float block_maximum(float x, float (&partial)[kMaxWarps]) {
+  x = warp_max(x);
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
   __syncthreads();
+  const int lane = threadIdx.x % kWarp;
+  return warp_max(lane < blockDim.x / kWarp ? partial[lane] : -CUDART_INF_F);
+}
+
+// Clears the bins; the reference of the bins is the maximum of the first tiles.
+template <class T>
+__device__ Binning binning_of(const SampleRow<T>& row, float scale, SampleScratch& scratch) {
+  for (int i = threadIdx.x; i < kBins; i += blockDim.x) scratch.search.bins()[i] = 0;
+  return {fmaxf(block_maximum(row.largest_of_first(), scratch.first_maximum), -CUDART_MAX_NORMAL_F), scale};
+}
+
+// Pass 1.
+template <class T>
+__device__ RowStatistics row_statistics(const SampleRow<T>& row, Counted counted, const Binning& binning,
+                                        SampleScratch& scratch) {
+  constexpr int N = SampleRow<T>::N;
   const float scale = static_cast<float>(kLog2E);
+  uint32_t* const bins = scratch.search.bins();
+  const auto count = [&](float z) {
+    if (z > -CUDART_INF_F) atomicAdd(bins + binning.bin(z), 1u);
+  };
   ExpSum raw = ExpSum::empty();
   float maximum = -CUDART_INF_F;
   const auto visit = [&](int first, float (&z)[N]) {
@@ -47,30 +78,15 @@ __device__ RowStatistics row_statistics(const SampleRow<T>& row, bool coarse, Sa
 #pragma unroll
     for (int i = 0; i < N; ++i) highest = fmaxf(highest, z[i]);
     maximum = fmaxf(maximum, highest);
-    if (coarse && highest > -CUDART_INF_F) atomicAdd(scratch.search.counts + (ordered_key(highest) >> 20), 1u);
+    if (counted == Counted::kChunkMaxima) count(highest);
+    if (counted != Counted::kEntries) return;
+#pragma unroll
+    for (int i = 0; i < N; ++i) count(z[i]);
   };
-  row.visit_raw(visit);
+  row.visit_raw(counted != Counted::kNothing, visit);
   publish(raw, scale, scratch.raw);
-  maximum = warp_max(maximum);
-  if (threadIdx.x % kWarp == 0) scratch.maximum[threadIdx.x / kWarp] = maximum;
-  __syncthreads();
-  const int lane = threadIdx.x % kWarp;
-  maximum = warp_max(lane < blockDim.x / kWarp ? scratch.maximum[lane] : -CUDART_INF_F);
+  maximum = block_maximum(maximum, scratch.maximum);
   return {collect(scratch.raw, scale), maximum};
-}
-
-// The smallest key that can be kept, from pass 1: of top-k the k-th largest chunk maximum, rounded down, of min-p the
-// logit with that weight, less a margin for rounding.
-__device__ __forceinline__ uint32_t lowest_key(const SamplingRule& rule, bool limits_count, Tempering tempering,
-                                               SearchScratch& scratch) {
-  if (!limits_count) {
-    const float bound = tempering.maximum + (log2f(rule.min_p) - 0.01f) / tempering.scale;
-    return ordered_key(nextafterf(fmaxf(bound, -CUDART_MAX_NORMAL_F), -CUDART_INF_F));
-  }
-  sum_segments<kCoarseDigits>(scratch.counts, scratch);
-  __syncthreads();
-  const Digit d = find_digit<kCoarseDigits>(scratch.counts, scratch, static_cast<unsigned long long>(rule.top_k) - 1);
-  return d.digit < 0 ? 0u : static_cast<uint32_t>(d.digit) << 20;
 }
 
 __device__ __forceinline__ unsigned long long list_total(const unsigned long long* mass, int count) {
@@ -80,10 +96,10 @@ __device__ __forceinline__ unsigned long long list_total(const unsigned long lon
 }
 
 // Filters and draws among the listed candidates, which hold everything that is kept.
-__device__ __forceinline__ void draw_from_list(const SamplingRule& rule, bool limits_count, SearchScratch& scratch) {
+__device__ __forceinline__ void draw_from_list(const SamplingRule& rule, SearchScratch& scratch) {
   const int count = scratch.listed;
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const bool keep = !limits_count || preceding(scratch, scratch.mass, i).count < rule.top_k;
+    const bool keep = preceding(scratch, scratch.mass, i).count < rule.top_k;
     scratch.sums[i] = keep ? scratch.mass[i] : 0;
   }
   __syncthreads();
@@ -108,10 +124,10 @@ __device__ __forceinline__ void draw_from_list(const SamplingRule& rule, bool li
   __syncthreads();
 }
 
-// Filters by radix search over the row, and draws from it.
+// Filters by radix search over the row.
 template <class T>
-__device__ void draw_from_row(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count, Tempering tempering,
-                              SearchScratch& scratch) {
+__device__ Kept search_threshold(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count,
+                                 Tempering tempering, SearchScratch& scratch) {
   Kept kept{0u, INT32_MAX};
 #pragma unroll 1
   for (int filter = 0; filter < 2; ++filter) {
@@ -119,8 +135,32 @@ __device__ void draw_from_row(const SampleRow<T>& row, const SamplingRule& rule,
       kept = row_threshold(row, scratch, tempering, kept, filter == 1, rule.top_k, rule.top_p);
     }
   }
-  const Measure measure{tempering, true, {kept, 0u, 0u}, rule.min_p};
-  sum_tiles(row, scratch, measure);
+  return kept;
+}
+
+// Pass 2 and what may follow it. `binning` is used where pass 1 counted.
+template <class T>
+__device__ void filter_and_draw(const SampleRow<T>& row, const SamplingRule& rule, Counted counted,
+                                const Binning& binning, Tempering tempering, SearchScratch& scratch) {
+  const bool limits_count = rule.limits_count(row.vocab);
+  if (counted == Counted::kChunkMaxima) {
+    const int bin = bin_of_count(scratch, rule.top_k);
+    const uint32_t lowest = binning.key(static_cast<float>(bin) - 0.25f);
+    list_candidates(row, tempering, scratch, {{lowest, INT32_MAX}, 0u, 0u});
+    if (scratch.listed <= kListed) return draw_from_list(rule, scratch);
+  }
+  Measure measure{tempering, true, {{0u, INT32_MAX}, 0u, 0u}, rule.min_p};
+  bool summed = false;
+  if (counted == Counted::kEntries) {
+    const int bin = limits_count ? max(bin_of_count(scratch, rule.top_k), 0) : 0;
+    const Bracket bracket =
+        limits_count ? bracket_of(binning, bin, bin) : bracket_of_mass(scratch, binning, tempering.maximum, rule.top_p);
+    summed = bracket_threshold(row, rule, !limits_count, tempering, bracket, scratch, measure.inside.within);
+  }
+  if (!summed) {
+    measure.inside.within = search_threshold(row, rule, limits_count, tempering, scratch);
+    sum_tiles(row, scratch, measure);
+  }
   locate(row, scratch, measure, true, rule.bits);
 }
 
@@ -147,9 +187,8 @@ __device__ void write_token(const SampleCall& call, int64_t index, const SampleR
                             const SearchScratch& scratch) {
   float z[4 / sizeof(T)];
   Packing<T>::unpack(Packing<T>::load(row.row + scratch.answer), z);
-  const float log2_p = (z[0] - raw.maximum) * static_cast<float>(kLog2E) - log2f(raw.sum);
   call.token[index] = scratch.answer;
-  call.logprob[index] = log2_p * static_cast<float>(kLn2);
+  call.logprob[index] = (z[0] - raw.maximum) - logf(raw.sum);  // in nats: a change of base could overflow
   call.filtered_logprob[index] = logf(static_cast<float>(scratch.part) / static_cast<float>(scratch.total));
   call.valid[index] = true;
 }
@@ -175,23 +214,21 @@ __global__ void __launch_bounds__(kSampleThreads, 1) sample_tokens_kernel(const 
     return;
   }
   row.read_lists(a.call, index);
-  const RowStatistics statistics = row_statistics(row, limits_count && !rule.greedy(), scratch);
+  const float scale = tempering_scale(rule.temperature);
+  const Counted counted = counted_by(rule, limits_count);
+  Binning binning{0.0f, scale};
+  if (counted != Counted::kNothing) binning = binning_of(row, scale, scratch);
+  const RowStatistics statistics = row_statistics(row, counted, binning, scratch);
   if (!(statistics.raw.sum > 0) || !(statistics.maximum > -CUDART_INF_F)) {
     if (threadIdx.x == 0) write_no_token(a.call, index);
     return;
   }
-  SearchScratch& search = scratch.search;
-  const Tempering tempering{statistics.maximum, tempering_scale(rule.temperature)};
-  bool drawn = rule.greedy();
-  if (drawn) take_maximum(row, statistics.maximum, search);
-  if (!drawn && (limits_count || (rule.top_p == 1 && rule.min_p > 0))) {
-    const uint32_t lowest = lowest_key(rule, limits_count, tempering, search);
-    list_candidates(row, tempering, search, {{lowest, INT32_MAX}, 0u, 0u});
-    drawn = search.listed <= kListed;
-    if (drawn) draw_from_list(rule, limits_count, search);
+  if (rule.greedy()) {
+    take_maximum(row, statistics.maximum, scratch.search);
+  } else {
+    filter_and_draw(row, rule, counted, binning, {statistics.maximum, scale}, scratch.search);
   }
-  if (!drawn) draw_from_row(row, rule, limits_count, tempering, search);
-  if (threadIdx.x == 0) write_token(a.call, index, row, statistics.raw, search);
+  if (threadIdx.x == 0) write_token(a.call, index, row, statistics.raw, scratch.search);
 }
 
 }  // namespace distillm

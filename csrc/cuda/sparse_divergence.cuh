@@ -219,9 +219,10 @@ __device__ inline SparseValue sparse_value(const KeptShared& kept, const SparseD
   return {q, sum.value + bucket.value + constant, sum.g, bucket.g, exp2_fast(log2_r)};
 }
 
-// Blocks of whole warps; dynamic shared memory of staged_chunks * 16 bytes and KeptShared::bytes; grid.x = rows.
+// Blocks of whole warps; dynamic shared memory of staged_chunks * 16 bytes and KeptShared::bytes; grid.x = rows. Two
+// blocks to a multiprocessor: left to itself ptxas makes room for three on sm_100 and spills.
 template <class Student>
-__global__ void __launch_bounds__(kSparseBlockThreads) sparse_divergence_kernel(const SparseDivergenceArguments a) {
+__global__ void __launch_bounds__(kSparseBlockThreads, 2) sparse_divergence_kernel(const SparseDivergenceArguments a) {
   constexpr int N = StudentRow<Student>::N;
   __shared__ SparseScratch scratch;
   extern __shared__ uint4 slots[];

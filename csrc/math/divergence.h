@@ -45,13 +45,17 @@ DISTILLM_HD Real a_log_a_over_b(Real a, Real log2_a, Real log2_b) {
 
 // Every functor has
 //   kNeedsLogs   whether it reads the logarithms of the Entry; where not, a backend may leave them out
+//   kDivides     whether it divides by something that depends on the entry; then also
+//                  Real divisor(Entry)         at least 0
+//                  Term term(Entry, divisor, inverse)   given about 1 / divisor: a backend may take the inverses of
+//                                              several at once; equal sides give exactly 0 however exact those are
 //   legal(row)   whether the hyper-parameters of the row are in range; a row for which they are not becomes NaN
 //   Term operator()(Entry)
 
 // KL(p || q): sum p log(p/q), G = -p.
 template <class Real>
 struct ForwardKl {
-  static constexpr bool kNeedsLogs = true;
+  static constexpr bool kNeedsLogs = true, kDivides = false;
   DISTILLM_HD explicit ForwardKl(RowParameters<Real>) {}
   DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const { return {a_log_a_over_b(e.p, e.log2_p, e.log2_q), -e.p}; }
@@ -60,7 +64,7 @@ struct ForwardKl {
 // KL(q || p): sum q log(q/p), G = q (log(q/p) + 1).
 template <class Real>
 struct ReverseKl {
-  static constexpr bool kNeedsLogs = true;
+  static constexpr bool kNeedsLogs = true, kDivides = false;
   DISTILLM_HD explicit ReverseKl(RowParameters<Real>) {}
   DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
@@ -82,9 +86,13 @@ struct SkewRatio {
   Real alpha, slope;
 
   DISTILLM_HD explicit SkewRatio(Real alpha) : alpha(alpha), slope(alpha > Real(0.5) ? alpha - Real(1) : alpha) {}
+  DISTILLM_HD Real mixture(Real a, Real b) const { return (alpha > Real(0.5) ? a : b) + slope * (a - b); }
   DISTILLM_HD Real operator()(Real a, Real b) const {
-    const Real mixture = (alpha > Real(0.5) ? a : b) + slope * (a - b);
-    return divide_fast(a, at_least(mixture, kSmallestNormal<Real>));
+    return divide_fast(a, at_least(mixture(a, b), kSmallestNormal<Real>));
+  }
+  // Given about 1 / mixture: exactly 1 where that is a, as it is where a == b, whatever the last digits of the inverse.
+  DISTILLM_HD static Real of_inverse(Real a, Real mixture, Real inverse) {
+    return a == mixture ? Real(1) : a * inverse;
   }
 };
 
@@ -97,14 +105,18 @@ DISTILLM_HD bool in_unit_interval(Real x) {
 // For alpha > 0; at 0 it is ForwardKl, which takes the logarithm from the logits, since q may have underflowed.
 template <class Real>
 struct SkewKl {
-  static constexpr bool kNeedsLogs = false;
+  static constexpr bool kNeedsLogs = false, kDivides = true;
   Real alpha;
   SkewRatio<Real> ratio;
 
   DISTILLM_HD explicit SkewKl(RowParameters<Real> row) : alpha(row.alpha), ratio(row.alpha) {}
   DISTILLM_HD static bool legal(RowParameters<Real> row) { return in_unit_interval(row.alpha); }
-  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
-    const Real p_over_m = ratio(e.p, e.q);
+  DISTILLM_HD Real divisor(Entry<Real> e) const { return ratio.mixture(e.p, e.q); }
+  DISTILLM_HD Term<Real> term(Entry<Real> e, Real mixture, Real inverse) const {
+    return of_ratio(e, ratio.of_inverse(e.p, mixture, inverse));
+  }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const { return of_ratio(e, ratio(e.p, e.q)); }
+  DISTILLM_HD Term<Real> of_ratio(Entry<Real> e, Real p_over_m) const {
     return {e.p * (log2_fast(p_over_m) * Real(kLn2)), (alpha - Real(1)) * (e.q * p_over_m)};
   }
 };
@@ -114,33 +126,39 @@ struct SkewKl {
 // For alpha > 0; at 0 it is ReverseKl.
 template <class Real>
 struct SkewReverseKl {
-  static constexpr bool kNeedsLogs = false;
+  static constexpr bool kNeedsLogs = false, kDivides = true;
   Real alpha_attached;
   SkewRatio<Real> ratio;
 
   DISTILLM_HD explicit SkewReverseKl(RowParameters<Real> row)
       : alpha_attached(row.detach_mixture ? Real(0) : row.alpha), ratio(row.alpha) {}
   DISTILLM_HD static bool legal(RowParameters<Real> row) { return in_unit_interval(row.alpha); }
-  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
-    const Real q_over_m = ratio(e.q, e.p);
+  DISTILLM_HD Real divisor(Entry<Real> e) const { return ratio.mixture(e.q, e.p); }
+  DISTILLM_HD Term<Real> term(Entry<Real> e, Real mixture, Real inverse) const {
+    return of_ratio(e, ratio.of_inverse(e.q, mixture, inverse));
+  }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const { return of_ratio(e, ratio(e.q, e.p)); }
+  DISTILLM_HD Term<Real> of_ratio(Entry<Real> e, Real q_over_m) const {
     const Real value = e.q * (log2_fast(q_over_m) * Real(kLn2));
     return {value, value + e.q * (Real(1) - alpha_attached * q_over_m)};
   }
 };
 
-// (1 - beta) KL(p || q) + beta KL(q || p), 0 < beta < 1.
+// (1 - beta) KL(p || q) + beta KL(q || p), 0 < beta < 1: ((1 - beta) p - beta q) log(p/q),
+// G = -(1 - beta) p + beta q (log(q/p) + 1).
 template <class Real>
 struct SymmetricKl {
-  static constexpr bool kNeedsLogs = true;
+  static constexpr bool kNeedsLogs = true, kDivides = false;
   Real beta;
-  ForwardKl<Real> forward;
-  ReverseKl<Real> reverse;
 
-  DISTILLM_HD explicit SymmetricKl(RowParameters<Real> row) : beta(row.beta), forward(row), reverse(row) {}
+  DISTILLM_HD explicit SymmetricKl(RowParameters<Real> row) : beta(row.beta) {}
   DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
+  // Equal sides, both 0 among them, have no difference of logarithms.
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
-    const Term<Real> f = forward(e), r = reverse(e);
-    return {(Real(1) - beta) * f.value + beta * r.value, (Real(1) - beta) * f.g + beta * r.g};
+    const Real log2_ratio = e.log2_p - e.log2_q;
+    const Real log_ratio = e.p == e.q ? Real(0) : log2_ratio * Real(kLn2);
+    const Real q_share = beta * e.q, difference = (Real(1) - beta) * e.p - q_share;
+    return {difference * log_ratio, -difference - q_share * log_ratio};
   }
 };
 
@@ -148,24 +166,31 @@ struct SymmetricKl {
 // GKD (Agarwal et al., ICLR 2024).
 template <class Real>
 struct GeneralizedJs {
-  static constexpr bool kNeedsLogs = false;
-  Real beta;
+  static constexpr bool kNeedsLogs = false, kDivides = true;
   SkewRatio<Real> of_p, of_q;
+  Real p_nats, q_nats;
 
   DISTILLM_HD explicit GeneralizedJs(RowParameters<Real> row)
-      : beta(row.beta), of_p(row.beta), of_q(Real(1) - row.beta) {}
+      : of_p(row.beta),
+        of_q(Real(1) - row.beta),
+        p_nats(row.beta * Real(kLn2)),
+        q_nats((Real(1) - row.beta) * Real(kLn2)) {}
   DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
-  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
-    const Real p_term = e.p * (log2_fast(of_p(e.p, e.q)) * Real(kLn2));
-    const Real q_term = (Real(1) - beta) * (e.q * (log2_fast(of_q(e.q, e.p)) * Real(kLn2)));
-    return {beta * p_term + q_term, q_term};
+  DISTILLM_HD Real divisor(Entry<Real> e) const { return of_p.mixture(e.p, e.q); }
+  DISTILLM_HD Term<Real> term(Entry<Real> e, Real mixture, Real inverse) const {
+    return of_ratios(e, of_p.of_inverse(e.p, mixture, inverse), of_q.of_inverse(e.q, mixture, inverse));
+  }
+  DISTILLM_HD Term<Real> operator()(Entry<Real> e) const { return of_ratios(e, of_p(e.p, e.q), of_q(e.q, e.p)); }
+  DISTILLM_HD Term<Real> of_ratios(Entry<Real> e, Real p_over_m, Real q_over_m) const {
+    const Real q_term = q_nats * (e.q * log2_fast(q_over_m));
+    return {p_nats * (e.p * log2_fast(p_over_m)) + q_term, q_term};
   }
 };
 
 // 1/2 sum |p - q|: G = q sign(q - p) / 2 with sign(0) = 0. f-DISTILL (Wen et al., ACL 2023).
 template <class Real>
 struct TotalVariation {
-  static constexpr bool kNeedsLogs = false;
+  static constexpr bool kNeedsLogs = false, kDivides = false;
   DISTILLM_HD explicit TotalVariation(RowParameters<Real>) {}
   DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
@@ -182,7 +207,7 @@ struct TotalVariation {
 // ABKD (Wang et al., ICML 2025).
 template <class Real>
 struct AlphaBeta {
-  static constexpr bool kNeedsLogs = true;
+  static constexpr bool kNeedsLogs = true, kDivides = false;
   Real a, b, inverse_a, inverse_b, inverse_sum;
 
   DISTILLM_HD explicit AlphaBeta(RowParameters<Real> row)
@@ -203,18 +228,23 @@ struct AlphaBeta {
 
 // sum w p log(p/q) + (1 - w) q log(q/p), w = sigmoid(log p - log q) = p / (p + q) held constant:
 // G = -w p + (1 - w) q (log(q/p) + 1). ToDi (Jung et al., EMNLP 2025).
+//
+// With that w the summand is (p - q) log(p/q) and G = q - p - q^2 / (p + q) log(p/q).
 template <class Real>
 struct TokenAdaptive {
-  static constexpr bool kNeedsLogs = true;
-  ForwardKl<Real> forward;
-  ReverseKl<Real> reverse;
-
-  DISTILLM_HD explicit TokenAdaptive(RowParameters<Real> row) : forward(row), reverse(row) {}
+  static constexpr bool kNeedsLogs = true, kDivides = true;
+  DISTILLM_HD explicit TokenAdaptive(RowParameters<Real>) {}
   DISTILLM_HD static bool legal(RowParameters<Real>) { return true; }
+  DISTILLM_HD Real divisor(Entry<Real> e) const { return e.p + e.q; }
+  DISTILLM_HD Term<Real> term(Entry<Real> e, Real, Real inverse) const { return of_share(e, e.q * inverse); }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
-    const Term<Real> f = forward(e), r = reverse(e);
-    const Real w = divide_fast(e.p, at_least(e.p + e.q, kSmallestNormal<Real>));
-    return {w * f.value + (Real(1) - w) * r.value, w * f.g + (Real(1) - w) * r.g};
+    return of_share(e, divide_fast(e.q, at_least(e.p + e.q, kSmallestNormal<Real>)));
+  }
+  // q_share: q / (p + q). Equal sides, both 0 among them, have no difference of logarithms.
+  DISTILLM_HD Term<Real> of_share(Entry<Real> e, Real q_share) const {
+    const Real log2_ratio = e.log2_p - e.log2_q;
+    const Real difference = e.p - e.q, log_ratio = e.p == e.q ? Real(0) : log2_ratio * Real(kLn2);
+    return {difference * log_ratio, -difference - q_share * (e.q * log_ratio)};
   }
 };
 

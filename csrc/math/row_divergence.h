@@ -9,6 +9,7 @@
 #pragma once
 
 #include "divergence.h"
+#include "ordered_key.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {
@@ -20,8 +21,12 @@ constexpr Real kMinusInfinity = -std::numeric_limits<Real>::infinity();
 // would lose their digits in the difference. Exactly the student where both are equal, and the plain side at t = 0 and
 // t = 1; an entry of -inf on a side that counts is -inf. A NaN of the teacher stays one.
 template <class Real>
+DISTILLM_HD Real blended_between(Real student, Real teacher, Real t) {  // 0 < t < 1
+  return student == kMinusInfinity<Real> ? student : student + t * (teacher - student);
+}
+template <class Real>
 DISTILLM_HD Real blended_logit(Real student, Real teacher, Real t) {
-  const Real between = student == kMinusInfinity<Real> ? student : student + t * (teacher - student);
+  const Real between = blended_between(student, teacher, t);
   const Real blended = student == teacher ? student : t == Real(0) ? student : t == Real(1) ? teacher : between;
   return teacher == teacher ? blended : teacher;
 }
@@ -31,16 +36,6 @@ template <class Real>
 DISTILLM_HD Real adaptive_share(Real g_head, Real g_tail) {
   const Real total = g_head + g_tail;
   return total > Real(0) ? g_tail / total : Real(0.5);
-}
-
-// Unsigned integers in the order of the numbers they stand for; -0 and 0 are the same.
-DISTILLM_HD uint32_t ordered_key(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x + 0.0f);
-  return bits ^ ((bits >> 31) ? 0xffffffffu : 0x80000000u);
-}
-DISTILLM_HD uint64_t ordered_key(double x) {
-  const uint64_t bits = bit_cast<uint64_t>(x + 0.0);
-  return bits ^ ((bits >> 63) ? ~uint64_t(0) : uint64_t(1) << 63);
 }
 
 }  // namespace DISTILLM_ISA

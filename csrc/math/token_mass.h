@@ -5,11 +5,12 @@
 // exp2_portable has the same bits everywhere. An entry 31 nats below the maximum still weighs 1 unit; what lies deeper
 // is rounded to 0 or 1 and never carries more than 2^-45 of the maximum each.
 //
-// Sums of up to 2^20 weights fit 64 bits. Files that include this for the CPU are compiled without contraction of
+// Sums of less than 2^20 weights fit 64 bits. Files that include this for the CPU are compiled without contraction of
 // products and sums (fp-contract=off).
 #pragma once
 
 #include "exponential.h"
+#include "ordered_key.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {
@@ -29,7 +30,7 @@ DISTILLM_HD float multiply_then_add(float a, float b, float c) {
 #endif
 }
 
-// 2^x for x <= 0, rounded to a multiple of 2^-44: relative error < 3e-7 above 2^-21, absolute error < 2^-44 below.
+// 2^x for x <= 0, rounded to a multiple of 2^-44: relative error < 3e-7 above 2^-21, absolute error < 2^-43 below.
 // Exactly 1 at 0, 0 for -inf, NaN for NaN. The same bits on every device.
 //
 // x = n + f with |f| <= 1/2, a minimax polynomial in f (9.2e-8) times 2^n.
@@ -93,14 +94,6 @@ DISTILLM_HD uint64_t nucleus_mass(float p, uint64_t total) {
   const uint64_t mass = high + (low >> 32) + ((low & 0xffffffffu) ? 1 : 0);
   return mass > 0 ? mass : 1;
 }
-
-// An integer in the order of the logits; both zeros get the same one. z must not be NaN.
-DISTILLM_HD uint32_t ordered_key(float z) {
-  const uint32_t bits = bit_cast<uint32_t>(z + 0.0f);
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-
-DISTILLM_HD float logit_of_key(uint32_t key) { return bit_cast<float>(key ^ (key >> 31 ? 0x80000000u : 0xffffffffu)); }
 
 // Repetition penalty of CTRL (Keskar et al., 2019): positive logits shrink, negative ones grow in size.
 DISTILLM_HD float penalised(float z, float penalty) { return z < 0 ? z * penalty : z / penalty; }

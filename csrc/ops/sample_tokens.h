@@ -1,6 +1,6 @@
 // Contract of the operator `sample_tokens`, shared by both backends: argument checks, output shapes, raw views.
 //
-//   logits [R, V]: float32, bfloat16 or float16, V <= 2^20; unit stride along the vocabulary, any along the rows.
+//   logits [R, V]: float32, bfloat16 or float16, V < 2^20; unit stride along the vocabulary, any along the rows.
 //   temperature, top_p, min_p, repetition_penalty: a number, or [R] float32; top_k, seed, position: an int, or [R]
 //   int64; previous [R, n] int64, ids outside the vocabulary are padding; banned [R, V] or [V] bool; bits [R] int64:
 //   the draw itself in place of seed and position (tests place draws with it).

@@ -8,15 +8,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # What changes with the place, the library or the run, but not with the function that the model computes.
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
-_PIECE = 1 << 26
+_VOLATILE = (
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_attn_implementation",
+    "architectures",  # the class that saved it, unset before
+)  # fmt: skip
+_PIECE = 1 << 24  # elements
 _MODULUS = 1 << 256
 
 
 def fingerprint_model(model: Any) -> str:
-    """Of a model: its configuration and every parameter and buffer of its state, by name, dtype, shape and bytes.
+    """Of a model: its configuration and every parameter and buffer of its state, by name, shape and values.
 
-    Independent of device, path and version of transformers. A model in another dtype is another model.
+    Independent of device, path, sharding of the files and version of transformers. Weights are compared as numbers:
+    bfloat16 weights widened to float32 are the same model, float32 weights rounded to bfloat16 are another one.
 
     Args:
         model: a torch module; its `config` counts too where it has one.
@@ -26,15 +30,22 @@ def fingerprint_model(model: Any) -> str:
     digest = hashlib.sha256()
     config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
-    digest.update(_canonical({name: value for name, value in values.items() if name not in _VOLATILE}))
+    digest.update(_canonical(_lasting(values)))
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):
             continue
-        digest.update(_canonical([name, str(tensor.dtype), list(tensor.shape)]))
-        flat = tensor.detach().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
-        for piece in flat.split(_PIECE):
-            digest.update(piece.cpu().numpy())
+        narrow = tensor.is_floating_point() and tensor.dtype.itemsize < 4
+        dtype = torch.float32 if narrow else tensor.dtype
+        digest.update(_canonical([name, str(dtype), list(tensor.shape)]))
+        for piece in tensor.detach().reshape(-1).split(_PIECE):
+            digest.update(piece.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _lasting(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is volatile, in configurations inside of this one neither."""
+    kept = {name: value for name, value in values.items() if name not in _VOLATILE}
+    return {name: _lasting(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:

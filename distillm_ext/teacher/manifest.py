@@ -65,10 +65,14 @@ class CacheSpec:
         if different:
             raise CacheMismatch(f"{what} was made with other settings ({'; '.join(different)}); use another folder")
 
+    def _made_for(self, name: str) -> str:
+        dtype = self.details.get("dtype") if name == "teacher" else None
+        return _short(getattr(self, name)) + (f" in {dtype}" if dtype else "")
+
     def check_fingerprints(self, path: Path, expected: dict[str, str | None]) -> None:
         """Raise `CacheMismatch` naming those of teacher, tokenizer and data set that differ; None is not compared."""
         different = [
-            f"{name} (cache {_short(getattr(self, name))}, here {_short(value)})"
+            f"{name} (cache {self._made_for(name)}, here {_short(value)})"
             for name, value in expected.items()
             if value is not None and value != getattr(self, name)
         ]
@@ -146,13 +150,14 @@ class Manifest:
             raise CacheDamaged(f"{path} is damaged: {error}; capture again") from None
         if body.get("format") != FORMAT:
             raise CacheError(f"{path} is not the manifest of a cache of teacher logits (format {body.get('format')!r})")
+        # Before the checksum, which another version may take in another way.
+        if body.get("version") != VERSION:
+            raise CacheError(
+                f"{path} has format version {body.get('version')!r}, this distillm_ext reads version {VERSION}; "
+                "capture again, or use the distillm_ext that made it"
+            )
         if checksum != _checksum(body):
             raise CacheDamaged(f"{path} is damaged: its checksum does not fit; capture again")
-        if body["version"] != VERSION:
-            raise CacheError(
-                f"{path} has format version {body['version']}, this distillm_ext reads version {VERSION}; capture "
-                "again, or use the distillm_ext that made it"
-            )
         spec = CacheSpec(**{f.name: body[f.name] for f in fields(CacheSpec)})
         return cls(spec, tuple(ShardInfo.from_json(shard) for shard in body["shards"]))
 

@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from distillm_ext.compression import checked_temperatures
+from distillm_ext.containers_compressed import METHODS
+from distillm_ext.packing import CODECS
 from distillm_ext.teacher import (
     CacheSpec,
     CacheWriter,
@@ -28,9 +31,10 @@ from distillm_ext.teacher.settings import CompressionSettings
 from distillm_ext.training.collators import DistillationCollator, move_batch
 from distillm_ext.training.data import prepare_dataset
 from distillm_ext.training.models import load_teacher, load_tokenizer
+from distillm_ext.training.reuse_checks import MAX_K
 from distillm_ext.training.rows import load_rows
 from distillm_ext.training.settings import DatasetSettings
-from distillm_ext.training.teacher import ModelTeacher
+from distillm_ext.training.teacher import TEACHER_DTYPES, ModelTeacher
 from distillm_ext.training.teaching import compute_records
 
 # A process that is done waits for the others, however long they take.
@@ -69,6 +73,28 @@ class CaptureSettings:
     rows: int = 0
     shard_mib: int = 64
     flush_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        # Before a teacher is loaded, which may take minutes.
+        _check_choice("method", self.method, METHODS)
+        _check_choice("codec", self.codec, CODECS)
+        _check_choice("dtype", self.dtype, tuple(name for name in TEACHER_DTYPES if name != "auto"))
+        least = {"k": 1, "max_prompt_length": 1, "max_length": 2, "batch_size": 1, "rows": 0, "shard_mib": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: must be at least {low}, got {getattr(self, name)}")
+        if self.k > MAX_K:
+            raise ValueError(f"k: must be at most {MAX_K}, got {self.k}")
+        if not self.flush_seconds >= 0:
+            raise ValueError(f"flush_seconds: must not be negative, got {self.flush_seconds}")
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"out: expected a folder, new or of a cache; {self.out} is a file")
+        checked_temperatures(self.temperatures)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: must be one of {', '.join(choices)}, got {value!r}")
 
 
 @dataclass(frozen=True)

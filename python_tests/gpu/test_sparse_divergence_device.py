@@ -4,7 +4,7 @@ import pytest
 import torch
 from sparse_cases import FORMS, compressed, logits, oracle
 
-from distillm_ext import distillation_loss
+from distillm_ext import distillation_loss, linear_distillation_loss
 
 pytestmark = pytest.mark.gpu
 ROUNDING = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
@@ -41,3 +41,23 @@ def test_repeated_runs_agree_bit_for_bit_and_do_not_synchronise():
         torch.cuda.set_sync_debug_mode("default")
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("tail", ("bucket", "sampled"))
+def test_through_the_head_chunk_by_chunk(tail):
+    """The loss of materialised logits and its gradients, with packed bytes as what crossed to the device."""
+    hidden, weight = (logits(rows, 64, torch.float32, seed).cuda() * 0.3 for rows, seed in ((33, 1), (5003, 2)))
+    teacher = compressed(logits(33, 5003, torch.float32, 3), 16, tail)
+    packed = teacher.pack("q8").cuda()
+    teacher = teacher.unpack(packed, codec="q8", k=16, vocab_size=5003, method=teacher.method)
+    labels = torch.arange(33, device="cuda")
+    labels[::3] = -100
+    results = []
+    for fused in (True, False):
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+        if fused:
+            loss = linear_distillation_loss(*leaves, teacher, labels, tail=tail, chunk_rows=8)
+        else:
+            loss = distillation_loss(leaves[0] @ leaves[1].t(), teacher, labels, tail=tail)
+        results.append((loss.detach(), torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(results[0], results[1], rtol=2e-3, atol=1e-5)

@@ -1,35 +1,25 @@
-// Every kernel that the extension instantiates, without torch: for ptxas to report registers and spills of.
+// Every kernel of the divergences, of scaling and of the codec, without torch: for ptxas to report registers and spills of.
+#include "cuda/divergence.cuh"
 #include "cuda/pack_logits.cuh"
-#include "cuda/row_metrics.cuh"
 #include "cuda/scale_rows.cuh"
 #include "cuda/unpack_logits.cuh"
-#include "cuda/zero_rest.cuh"
 
 using namespace distillm;
 
-#define KERNEL(Functor, Student, Teacher) \
-  template __global__ void distillm::divergence_kernel<Functor<float>, Student, Teacher>(const DivergenceArguments);
-#define KERNELS(public_name, Positive, AtZero, Functor)   \
-  KERNEL(Functor, float, float)         \
-  KERNEL(Functor, BFloat16, BFloat16)   \
-  KERNEL(Functor, Half, Half)           \
-  KERNEL(Functor, float, AnyElement)    \
-  KERNEL(Functor, BFloat16, AnyElement) \
-  KERNEL(Functor, Half, AnyElement)
+#define KERNEL(Member, Student, Teacher) \
+  template __global__ void distillm::divergence_kernel<Member<float>, Student, Teacher>(const DivergenceArguments);
+#define KERNELS_OF(Member) \
+  KERNEL(Member, float, float)         \
+  KERNEL(Member, BFloat16, BFloat16)   \
+  KERNEL(Member, Half, Half)           \
+  KERNEL(Member, float, AnyElement)    \
+  KERNEL(Member, BFloat16, AnyElement) \
+  KERNEL(Member, Half, AnyElement)
+#define KERNELS(public_name, Positive, AtZero, Functor) KERNELS_OF(Functor)
 DISTILLM_FOR_EACH_DIVERGENCE(KERNELS)
-
-#define METRICS(Student, Teacher) \
-  template __global__ void distillm::row_metrics_kernel<Student, Teacher>(const DivergenceArguments);
-METRICS(float, float)
-METRICS(BFloat16, BFloat16)
-METRICS(Half, Half)
-METRICS(float, AnyElement)
-METRICS(BFloat16, AnyElement)
-METRICS(Half, AnyElement)
+KERNELS_OF(Interpolated)
+KERNELS_OF(AdaptiveKl)
 
 template __global__ void distillm::scale_rows_kernel<float>(float*, RowLayout, const float*, int32_t);
 template __global__ void distillm::scale_rows_kernel<BFloat16>(BFloat16*, RowLayout, const float*, int32_t);
 template __global__ void distillm::scale_rows_kernel<Half>(Half*, RowLayout, const float*, int32_t);
-template __global__ void distillm::zero_rest_kernel<float>(float*, RowLayout, int32_t, int32_t);
-template __global__ void distillm::zero_rest_kernel<BFloat16>(BFloat16*, RowLayout, int32_t, int32_t);
-template __global__ void distillm::zero_rest_kernel<Half>(Half*, RowLayout, int32_t, int32_t);

@@ -1,7 +1,6 @@
-// One instantiation of the divergence kernel, and the metrics of its pair of dtypes, for ptxsim, chosen by -DFUNCTOR= -DSTUDENT= -DTEACHER=.
-#include "cuda/row_metrics.cuh"
+// One instantiation of the divergence kernel for ptxsim, chosen by -DFUNCTOR= -DSTUDENT= -DTEACHER=.
+#include "cuda/divergence.cuh"
 
 using namespace distillm;
 
 template __global__ void distillm::divergence_kernel<FUNCTOR<float>, STUDENT, TEACHER>(const DivergenceArguments);
-template __global__ void distillm::row_metrics_kernel<STUDENT, TEACHER>(const DivergenceArguments);

@@ -1,0 +1,124 @@
+"""The CUDA kernel of `divergence` in thread-block clusters, and the plan of its launch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import ptxsim
+import pytest
+from ptx_kernels import DivergenceCase, divergence_module, launch_planned, plan_launch
+from test_divergence_cuda import BF16, F32, check, logits, run, unaligned
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(23)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("cluster", [2, 4, 8])
+def test_cluster_sizes(arch, cluster, rng):
+    """Odd vocabularies, some too short for every block to have an entry; staged and kept whole, in part, not at all."""
+    for seed, vocab in enumerate((1, 31, 1023, 2051)):
+        case = DivergenceCase(logits(rng, 2, vocab, BF16), logits(rng, 2, vocab, BF16))
+        for case.staged_turns, case.kept_turns in ((None, None), (2, 1), (0, 0)):
+            check(case, arch, cluster=cluster, threads=32, seed=seed)
+
+
+def test_mixed_dtypes_and_unaligned_rows(rng):
+    for student, teacher in ((F32, BF16), (BF16, F32), (BF16, BF16)):
+        case = DivergenceCase(
+            unaligned(logits(rng, 2, 517, student), 3), unaligned(logits(rng, 2, 517, teacher), 2, 519),
+            labels=np.array([516, 2]), ce_weight=0.5, temperature=2.0,
+        )  # fmt: skip
+        check(case, cluster=4, threads=32, seed=3)
+
+
+def test_unequal_vocabularies(rng):
+    for vocabs in ((1000, 1030), (1030, 9)):
+        case = DivergenceCase(logits(rng, 2, vocabs[0], F32), logits(rng, 2, vocabs[1], F32))
+        check(case, cluster=2, threads=64, seed=1)
+
+
+@pytest.mark.parametrize("kept", [0, 2, None])
+def test_in_place(kept, rng):
+    case = DivergenceCase(
+        unaligned(logits(rng, 2, 1517, BF16), 3), logits(rng, 2, 1517, BF16), in_place=True, kept_turns=kept,
+        labels=np.array([5, 1516]), ce_weight=0.5,
+    )  # fmt: skip
+    for seed in (0, 4):
+        case.student[...] = logits(rng, 2, 1517, BF16)
+        check(case, cluster=2, threads=32, seed=seed)
+
+
+def test_unusable_rows_stay_alone(rng):
+    student, teacher = logits(rng, 5, 1033, BF16), logits(rng, 5, 1033, BF16)
+    student[0], teacher[1], student[2, 1000], teacher[3, ::3] = -np.inf, -np.inf, np.nan, -np.inf
+    case = DivergenceCase(student, teacher, weight=np.array([1, 1, 1, 2, 0], np.float32))
+    result = check(case, cluster=4, threads=32, seed=2)
+    assert np.isnan(result.loss[:3]).all() and np.isfinite(result.loss[3:]).all()
+
+
+def test_independent_of_the_schedule(rng):
+    case = DivergenceCase(logits(rng, 2, 2051, F32), logits(rng, 2, 2051, F32), "generalized_js")
+    results = [run(case, threads=64, cluster=4, seed=seed) for seed in range(3)]
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0].loss, other.loss)
+        np.testing.assert_array_equal(results[0].gradient, other.gradient)
+
+
+def without(text: str, pattern: str, which: int) -> str:
+    found = [match.span() for match in re.finditer(pattern, text, re.DOTALL)]
+    start, end = found[which]
+    return text[:start] + text[end:]
+
+
+BLOCK_BARRIER = r"(bar|barrier)\.sync[^;]*;"
+CLUSTER_BARRIER = r"barrier\.cluster\.arrive(?!\.relaxed)[^;]*;.*?barrier\.cluster\.wait[^;]*;"
+
+
+@pytest.mark.parametrize("pattern", [BLOCK_BARRIER, CLUSTER_BARRIER], ids=["block", "cluster"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_race_check_sees_a_missing_barrier(pattern, which, tmp_path: Path, rng):
+    """The kernel without one of its barriers is caught: the silence of the other tests means something."""
+    case = DivergenceCase(logits(rng, 1, 515, F32), logits(rng, 1, 515, F32), "forward_kl")
+    text = Path(divergence_module("sm_90", "forward_kl", case.student, case.teacher).path).read_text()
+    (tmp_path / "racy.ptx").write_text(without(text, pattern, which))
+    module = ptxsim.load_ptx(tmp_path / "racy.ptx")
+    with pytest.raises(ptxsim.KernelError, match="race|exited"):
+        for seed in range(4):
+            run(case, threads=128, cluster=2, seed=seed, module=module)
+
+
+def planned(vocab: int, arch: str, dtype=ml_dtypes.bfloat16, **options):
+    row = np.zeros((1, vocab), dtype)
+    return plan_launch(DivergenceCase(row, row), arch, **options)
+
+
+def test_plan():
+    """Rows are staged whole in clusters, with room for a second block on the multiprocessor; else as far as fits."""
+    for vocab in (1, 7, 4096, 32000, 50257, 128256, 151936, 262144):
+        case = DivergenceCase(np.zeros((1, vocab), BF16), np.zeros((1, vocab), BF16))
+        for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120"):
+            plan = plan_launch(case, arch)
+            turns, _ = case.turns(plan.cluster, plan.threads)
+            assert plan.threads % 32 == 0 and 32 <= plan.threads <= 512
+            assert 0 <= plan.kept_turns <= plan.staged_turns <= turns
+            if arch in ("sm_90", "sm_100"):
+                assert plan.staged_turns == turns
+            else:
+                assert plan.cluster == 1
+    assert planned(4096, "sm_90").cluster == 1 and planned(151936, "sm_90").cluster == 8
+    assert planned(50257, "sm_90").kept_turns == planned(50257, "sm_90").staged_turns
+    assert planned(151936, "sm_90", clusters=False).cluster == 1
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_as_planned(arch, rng):
+    case = DivergenceCase(logits(rng, 1, 50257, BF16), logits(rng, 1, 50257, BF16), "skew_reverse_kl")
+    result = launch_planned(case, arch, count=True)
+    counted = result.counters.load_bytes / case.student.nbytes / 2
+    assert counted <= (1.01 if arch == "sm_90" else 1.4)
