@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 ALPHA, SYMMETRIC, JS, A, B, MU, T = 0.1, 0.9, 0.5, 0.2, 0.7, 0.5, 0.4
-CPU_ONLY = ("adaptive_kl", "interpolated")  # without a CUDA kernel
 # What `distillation_loss` has to be told beside the name, for the same numbers.
 OPTIONS: dict[str, dict[str, float]] = {"interpolated": {"alpha": T}}
 

@@ -23,8 +23,6 @@ import torch
 
 from distillm_ext import DIVERGENCES, distillation_loss
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def with_gradient(student: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
     def step() -> None:
@@ -59,7 +57,7 @@ def candidates(divergence: str, student: torch.Tensor, teacher: torch.Tensor) ->
 def measure(divergence: str, dtype: str, options: argparse.Namespace) -> harness.Row:
     torch.compiler.reset()
     shape = (options.rows, options.vocab)
-    student, teacher = (torch.randn(shape, device=options.device).to(DTYPES[dtype]) for _ in range(2))
+    student, teacher = (torch.randn(shape, device=options.device).to(harness.DTYPES[dtype]) for _ in range(2))
     tried = candidates(divergence, student.requires_grad_(), teacher)
     seconds = harness.medians(tried, options.rounds, options.device)
 
@@ -84,25 +82,18 @@ def measure(divergence: str, dtype: str, options: argparse.Namespace) -> harness
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, rounds=7)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--divergences", nargs="+", choices=DIVERGENCES, help="all that the device has")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtypes", nargs="+", choices=list(harness.DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument("--divergences", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
     parser.add_argument("--skip-cuda-model", action="store_true", help="leave out ptxsim's counters and ptxas")
-    options = parser.parse_args(arguments)
-    on_device = [name for name in DIVERGENCES if options.device == "cpu" or name not in baselines.CPU_ONLY]
-    options.divergences = options.divergences or on_device
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    print(harness.environment())
+    harness.begin(options)
     rows = [measure(name, dtype, options) for dtype in options.dtypes for name in options.divergences]
     title = f"{options.rows} x {options.vocab}, value and gradient, {options.device}"
     harness.publish(title, rows, f"divergence_{options.device}.csv")

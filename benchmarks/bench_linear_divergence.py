@@ -20,8 +20,6 @@ from torch import Tensor
 
 from distillm_ext import DIVERGENCES, TeacherHead, distillation_loss, linear_distillation_loss
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def bare_products(hidden: Tensor, weight: Tensor, teacher: TeacherHead) -> Callable[[], object]:
     hidden, weight = hidden.detach(), weight.detach()
@@ -61,7 +59,7 @@ def candidates(
 
 def measure(vocab: int, options: argparse.Namespace) -> harness.Row:
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=options.device).mul_(0.05).to(DTYPES[options.dtype])
+        return torch.randn(shape, device=options.device).mul_(0.05).to(harness.DTYPES[options.dtype])
 
     hidden, weight = random(options.rows, options.hidden), random(vocab, options.hidden)
     teacher = TeacherHead(random(options.rows, options.teacher_hidden), random(vocab, options.teacher_hidden))
@@ -91,7 +89,7 @@ def measure(vocab: int, options: argparse.Namespace) -> harness.Row:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, rounds=5)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--teacher-hidden", type=int, default=576)
@@ -100,17 +98,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--divergence", choices=[name for name in DIVERGENCES if name != "interpolated"], default="skew_kl"
     )
     parser.add_argument("--chunk-rows", type=int, default=None, help="default: from the operator's memory budget")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=list(harness.DTYPES), default="float32")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    print(harness.environment())
+    harness.begin(options)
     rows = [measure(vocab, options) for vocab in options.vocab]
     title = f"linear_distillation_loss, {options.divergence}, value and gradients, {options.device}"
     harness.publish(title, rows, f"linear_divergence_{options.device}_{options.dtype}.csv")

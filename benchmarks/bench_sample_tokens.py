@@ -95,16 +95,12 @@ def cuda_counters(gpu: str = "H100-SXM", arch: str = "sm_90") -> list[harness.Ro
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, rounds=7)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--skip-cuda-model", action="store_true", help="leave out ptxsim's counters")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    print(harness.environment())
+    harness.begin(options)
     table = [measure(rule, options) for rule in RULES]
     harness.publish(f"sample_tokens, {options.rows} x {options.vocab}", table, f"sample_tokens_{options.device}.csv")
     if not options.skip_cuda_model:

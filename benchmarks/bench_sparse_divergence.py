@@ -19,7 +19,7 @@ import harness
 import ml_dtypes
 import numpy as np
 import torch
-from bench_divergence import DTYPES, with_gradient
+from bench_divergence import with_gradient
 
 from distillm_ext import compress_logits, distillation_loss
 from distillm_ext.sparse import SPARSE_DIVERGENCES
@@ -29,7 +29,7 @@ VOCABULARIES = (32000, 50257, 128256, 151936)
 
 def measure(divergence: str, dtype: str, k: int, options: argparse.Namespace) -> harness.Row:
     shape = (options.rows, options.vocab)
-    student, teacher = (torch.randn(shape, device=options.device).to(DTYPES[dtype]) for _ in range(2))
+    student, teacher = (torch.randn(shape, device=options.device).to(harness.DTYPES[dtype]) for _ in range(2))
     student.requires_grad_()
     compressed = compress_logits(teacher, k)
     tried = {
@@ -94,23 +94,19 @@ def cuda_counters(vocab: int, dtype: str, k: int = 64, arch: str = "sm_90", gpu:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, rounds=7)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--k", type=int, nargs="+", default=[64])
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=list(harness.DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--divergences", nargs="+", choices=SPARSE_DIVERGENCES, default=list(SPARSE_DIVERGENCES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--skip-cuda-model", action="store_true", help="leave out ptxsim's counters")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    print(harness.environment())
+    harness.begin(options)
     rows = [
         measure(name, dtype, k, options) for dtype in options.dtypes for k in options.k for name in options.divergences
     ]

@@ -18,12 +18,12 @@ import torch
 
 from distillm_ext import compress_logits
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+harness.DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 def measure(vocab: int, dtype: str, k: int, options: argparse.Namespace) -> harness.Row:
-    logits = (torch.randn(options.rows, vocab, device=options.device) * 3).to(DTYPES[dtype])
+    logits = (torch.randn(options.rows, vocab, device=options.device) * 3).to(harness.DTYPES[dtype])
     position = torch.arange(options.rows, device=options.device)
     seconds = harness.medians(
         {
@@ -88,22 +88,18 @@ def publish_cuda_model() -> None:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, rounds=9)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--vocab", type=int, nargs="+", default=[50257, 152064])
     parser.add_argument("--k", type=int, nargs="+", default=[64])
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--dtypes", nargs="+", choices=list(harness.DTYPES), default=["float32", "bfloat16"])
     parser.add_argument("--skip-cuda-model", action="store_true", help="leave out ptxsim's counters and ptxas")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    print(harness.environment())
+    harness.begin(options)
     cases = [(vocab, dtype, k) for dtype in options.dtypes for vocab in options.vocab for k in options.k]
     rows = [measure(*case, options) for case in cases]
     harness.publish(f"{options.rows} rows, {options.device}", rows, f"topk_logits_{options.device}.csv")

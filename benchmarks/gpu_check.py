@@ -23,6 +23,10 @@ STEPS = {
                       "--dtypes", "bfloat16", "--skip-cuda-model"],
     "8192 x 50257": ["benchmarks/bench_divergence.py", "--device", "cuda", "--rows", "8192", "--vocab", "50257",
                      "--dtypes", "bfloat16", "float32", "--skip-cuda-model"],
+    "fused linear": ["benchmarks/bench_linear_divergence.py", "--device", "cuda", "--dtype", "bfloat16"],
+    "topk_logits": ["benchmarks/bench_topk_logits.py", "--device", "cuda", "--skip-cuda-model"],
+    "sparse_divergence": ["benchmarks/bench_sparse_divergence.py", "--device", "cuda", "--skip-cuda-model"],
+    "sample_tokens": ["benchmarks/bench_sample_tokens.py", "--device", "cuda", "--skip-cuda-model"],
 }  # fmt: skip
 
 

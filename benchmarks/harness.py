@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import platform
@@ -73,6 +74,24 @@ def environment() -> Row:
         name = models[0] if models else name
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return {"cpu": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "load": round(load, 2)}
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """With what every benchmark of an operator takes."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    found.add_argument("--threads", type=int, default=2)
+    found.add_argument("--rounds", type=int, default=rounds)
+    return found
+
+
+def begin(options: argparse.Namespace) -> None:
+    """Sets the number of threads and says on what the figures are taken."""
+    torch.set_num_threads(options.threads)
+    print(environment())
 
 
 def cell(value: Any) -> str:

@@ -55,9 +55,7 @@ struct Add {
   __device__ Value empty() const { return 0.0f; }
   template <int kLanes>
   __device__ Value lanes(Value x) const {
-#pragma unroll
-    for (int lane = kLanes / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
-    return x;
+    return warp_sum<kLanes>(x);
   }
 };
 
@@ -68,11 +66,8 @@ struct AddExponentials {
   __device__ Value empty() const { return ShiftedSum::empty(); }
   template <int kLanes>
   __device__ Value lanes(Value x) const {
-    float higher = x.reference;
-#pragma unroll
-    for (int lane = kLanes / 2; lane > 0; lane /= 2) higher = fmaxf(higher, __shfl_xor_sync(kAllLanes, higher, lane));
-    x.raise(higher, scale);
-    x.sum = Add{}.lanes<kLanes>(x.sum);
+    x.raise(warp_max<kLanes>(x.reference), scale);
+    x.sum = warp_sum<kLanes>(x.sum);
     return x;
   }
 };

@@ -83,16 +83,6 @@ struct OutputScratch {
   float log_norm[kSlots], tail_logprob[kSlots];
 };
 
-__device__ __forceinline__ void publish_maximum(float x, PartialSums& partial) {
-  x = warp_max(x);
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
-}
-
-__device__ __forceinline__ float collect_maximum(const PartialSums& partial) {
-  const int lane = threadIdx.x % kWarp;
-  return warp_max(lane < blockDim.x / kWarp ? partial[lane] : -FLT_MAX);
-}
-
 // What a finished row is written from, the same in all threads. Sums are relative to their own maximum.
 template <int kSlots>
 struct RowSums {

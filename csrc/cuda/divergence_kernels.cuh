@@ -22,16 +22,25 @@ DivergenceKernel instantiated() {
           static_cast<int64_t>(sizeof(MemberScratch<Member>))};
 }
 
-// Choose: Choose::kernel<Member>(call) is the kernel of a member for the dtypes of the call.
-template <class Choose>
+template <class Member, template <class Student> class TeacherOf>
+DivergenceKernel kernel_of_student(const DivergenceCall& call) {
+  switch (element_type(call.student_type)) {
+    case ElementType::kBFloat16: return instantiated<Member, BFloat16, TeacherOf<BFloat16>>();
+    case ElementType::kHalf: return instantiated<Member, Half, TeacherOf<Half>>();
+    default: return instantiated<Member, float, TeacherOf<float>>();
+  }
+}
+
+// TeacherOf<Student>: the type of the teacher's logits beside a student's.
+template <template <class Student> class TeacherOf>
 DivergenceKernel kernel_of_member(const DivergenceCall& call) {
   const std::string& name = call.options.divergence;
 #define DISTILLM_MATCH(public_name, Positive, AtZero, Functor) \
-  if (name == public_name) return Choose::template kernel<Functor<float>>(call);
+  if (name == public_name) return kernel_of_student<Functor<float>, TeacherOf>(call);
   DISTILLM_FOR_EACH_DIVERGENCE(DISTILLM_MATCH)
 #undef DISTILLM_MATCH
-  if (name == "interpolated") return Choose::template kernel<Interpolated<float>>(call);
-  if (name == "adaptive_kl") return Choose::template kernel<AdaptiveKl<float>>(call);
+  if (name == "interpolated") return kernel_of_student<Interpolated<float>, TeacherOf>(call);
+  if (name == "adaptive_kl") return kernel_of_student<AdaptiveKl<float>, TeacherOf>(call);
   return {};
 }
 

@@ -2,23 +2,10 @@
 #include "divergence_kernels.cuh"
 
 namespace distillm {
-namespace {
 
-struct ByStudent {
-  template <class Member>
-  static DivergenceKernel kernel(const DivergenceCall& call) {
-    switch (element_type(call.student_type)) {
-      case ElementType::kBFloat16: return instantiated<Member, BFloat16, AnyElement>();
-      case ElementType::kHalf: return instantiated<Member, Half, AnyElement>();
-      default: return instantiated<Member, float, AnyElement>();
-    }
-  }
-};
+template <class Student>
+using AnyType = AnyElement;
 
-}  // namespace
-
-DivergenceKernel divergence_kernel_of_two_types(const DivergenceCall& call) {
-  return kernel_of_member<ByStudent>(call);
-}
+DivergenceKernel divergence_kernel_of_two_types(const DivergenceCall& call) { return kernel_of_member<AnyType>(call); }
 
 }  // namespace distillm

@@ -6,7 +6,7 @@
 
 #include "../math/row_layout.h"
 #include "../math/sparse_divergence.h"
-#include "exp_sum.cuh"
+#include "reduce.cuh"
 #include "row_pair.cuh"
 
 namespace distillm {

@@ -1,4 +1,4 @@
-// Reductions that the kernels of packed records share. Every thread of the block calls them and gets the result.
+// What the kernels of packed records share.
 #pragma once
 
 #include "reduce.cuh"
@@ -9,14 +9,6 @@ namespace distillm {
 __device__ __forceinline__ uint32_t* record_words() {
   extern __shared__ uint32_t shared[];
   return shared;
-}
-
-__device__ __forceinline__ float block_max(float x, PartialSums& partial) {
-  x = warp_max(x);
-  const int lane = threadIdx.x % kWarp;
-  if (lane == 0) partial[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  return warp_max(lane < blockDim.x / kWarp ? partial[lane] : -INFINITY);
 }
 
 // A partial array may be used again after the next barrier.

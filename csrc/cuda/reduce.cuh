@@ -35,17 +35,49 @@ struct ExpSum {
     sum = __fmul_rn(sum, exp2_fast((maximum - higher) * scale));
     maximum = higher;
   }
+
+  __device__ ExpSum with(ExpSum other, float scale) const {
+    const float higher = fmaxf(maximum, other.maximum);
+    ExpSum a = *this;
+    a.raise(higher, scale);
+    other.raise(higher, scale);
+    return {higher, a.sum + other.sum};
+  }
+
+  // log2 of the sum of exp2(z * scale) relative to that of `all`.
+  __device__ float log2_share(const ExpSum& all, float scale) const {
+    return log2f(sum) + (maximum - all.maximum) * scale - log2f(all.sum);
+  }
 };
 
+// Over groups of kLanes neighbouring lanes, a power of two.
+template <int kLanes = kWarp>
 __device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
+  return x;
+}
+
+template <int kLanes = kWarp>
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lane));
+  return x;
+}
+
+// Integers: the sum over a warp, and over this lane and the ones below.
+__device__ __forceinline__ unsigned long long warp_total(unsigned long long x) {
 #pragma unroll
   for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
   return x;
 }
 
-__device__ __forceinline__ float warp_max(float x) {
+__device__ __forceinline__ unsigned long long warp_inclusive(unsigned long long x) {
 #pragma unroll
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lane));
+  for (int step = 1; step < kWarp; step *= 2) {
+    const unsigned long long lower = __shfl_up_sync(kAllLanes, x, step);
+    if (threadIdx.x % kWarp >= step) x += lower;
+  }
   return x;
 }
 
@@ -68,6 +100,23 @@ __device__ __forceinline__ void publish(float x, PartialSums& partial) {
 __device__ __forceinline__ void publish(ExpSum x, float scale, PartialExpSums& partial) {
   x = warp_combine(x, scale);
   if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
+}
+
+__device__ __forceinline__ void publish_maximum(float x, PartialSums& partial) {
+  x = warp_max(x);
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
+}
+
+__device__ __forceinline__ float collect_maximum(const PartialSums& partial) {
+  const int lane = threadIdx.x % kWarp;
+  return warp_max(lane < blockDim.x / kWarp ? partial[lane] : -INFINITY);
+}
+
+// Both halves.
+__device__ __forceinline__ float block_max(float x, PartialSums& partial) {
+  publish_maximum(x, partial);
+  __syncthreads();
+  return collect_maximum(partial);
 }
 
 __device__ __forceinline__ float collect(const PartialSums& partial) {

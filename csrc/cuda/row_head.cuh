@@ -105,12 +105,7 @@ struct HeadSelection {
     Mass own = 0;
 #pragma unroll
     for (int i = 0; i < kOfLane; ++i) own += scratch.total[lane * kOfLane + i];
-    Mass through = own;
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const Mass lower = __shfl_up_sync(kAllLanes, through, step);
-      through += lane >= step ? lower : 0;
-    }
+    const Mass through = warp_inclusive(own);
     const unsigned past = __ballot_sync(kAllLanes, through > target);
     if (past == 0) return {kDigits, 0, 0};
     const int first = __ffs(past) - 1;

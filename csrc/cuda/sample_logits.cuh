@@ -15,7 +15,7 @@
 namespace distillm {
 
 constexpr int kMaxSegments = 1024;
-constexpr int kSampleThreads = 256;
+constexpr int kDrawThreads = 256;
 
 // Chunks of 16 bytes that one lane takes of a segment.
 __host__ __device__ constexpr int lane_chunks(int vocab, int chunk_entries) {
@@ -28,7 +28,7 @@ __host__ __device__ constexpr int segment_entries(int vocab, int chunk_entries) 
 
 // Where the parts of a row's shared memory are.
 template <int kSlots>
-struct SampleMemory {
+struct DrawMemory {
   uint64_t* keys;
   int32_t* counts;
   double* start;   // cumulative mass before each segment, and the total
@@ -38,7 +38,7 @@ struct SampleMemory {
   __host__ __device__ static int64_t bytes(int64_t capacity_in_shared, int64_t segments) {
     return 12 * capacity_in_shared + 8 * (segments + 1) + 4 * segments * (1 + kSlots);
   }
-  __device__ SampleMemory(const TopkLogitsArguments& a, int64_t row, uint64_t* shared, int32_t segments)
+  __device__ DrawMemory(const TopkLogitsArguments& a, int64_t row, uint64_t* shared, int32_t segments)
       : keys(a.workspace ? a.workspace + row * 2 * a.capacity : shared),
         counts(reinterpret_cast<int32_t*>(keys + a.capacity)),
         start(reinterpret_cast<double*>(a.workspace ? reinterpret_cast<int32_t*>(shared) : counts + a.capacity)),
@@ -47,20 +47,19 @@ struct SampleMemory {
 };
 
 template <int kSlots>
-struct SampleScratch {
+struct DrawScratch {
   int32_t size;  // distinct entries drawn
   PartialSums maximum;
   OutputScratch<kSlots> output;
 };
 
 template <class T, int kSlots>
-class SampleRow {
+class DrawRow {
  public:
   static constexpr int N = 16 / sizeof(T);
   using Logits = LogitRow<T, N>;
 
-  __device__ SampleRow(const TopkLogitsArguments& a, const Logits& logits, uint64_t* shared,
-                       SampleScratch<kSlots>& scratch)
+  __device__ DrawRow(const TopkLogitsArguments& a, const Logits& logits, uint64_t* shared, DrawScratch<kSlots>& scratch)
       : a_(a),
         logits_(logits),
         aligned_(logits.aligned(0)),
@@ -230,23 +229,23 @@ class SampleRow {
   int32_t chunks_, segments_, lane_;
 
  public:
-  SampleMemory<kSlots> memory;
+  DrawMemory<kSlots> memory;
 
  private:
-  SampleScratch<kSlots>& scratch_;
+  DrawScratch<kSlots>& scratch_;
   ExpSums<kSlots> tail_;
   float largest_;
   int32_t size_ = 0;
 };
 
 template <class T, int kSlots>
-__global__ void __launch_bounds__(kSampleThreads, 2) sample_logits_kernel(const TopkLogitsArguments a) {
+__global__ void __launch_bounds__(kDrawThreads, 2) sample_logits_kernel(const TopkLogitsArguments a) {
   constexpr int N = 16 / sizeof(T);
   extern __shared__ uint64_t shared_keys[];
-  __shared__ SampleScratch<kSlots> scratch;
+  __shared__ DrawScratch<kSlots> scratch;
   const int64_t row = blockIdx.x;
   const LogitRow<T, N> logits(a.logits, row * a.stride, a.vocab, ElementType::kFloat);
-  SampleRow<T, kSlots> sample(a, logits, shared_keys, scratch);
+  DrawRow<T, kSlots> sample(a, logits, shared_keys, scratch);
   sample.run();
   write_row<T, kSlots>(a, row, logits, sample.memory.keys, sample.memory.counts, sample.size(), sample.tail(),
                        scratch.output);

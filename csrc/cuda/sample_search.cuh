@@ -32,22 +32,6 @@ struct SearchScratch {
 };
 static_assert(offsetof(SearchScratch, segment) >= kBins * sizeof(uint32_t), "the bins fit");
 
-__device__ __forceinline__ unsigned long long warp_total(unsigned long long x) {
-#pragma unroll
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
-  return x;
-}
-
-// Sum over this lane and the ones below.
-__device__ __forceinline__ unsigned long long warp_inclusive(unsigned long long x) {
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const unsigned long long lower = __shfl_up_sync(kAllLanes, x, step);
-    if (threadIdx.x % kWarp >= step) x += lower;
-  }
-  return x;
-}
-
 // The first lane at which the running sum of a warp, on top of `before`, exceeds `point`; -1 where none does. `before`
 // becomes the sum up to that lane, or of all.
 __device__ __forceinline__ int warp_locate(unsigned long long x, unsigned long long point, unsigned long long& before) {

@@ -23,7 +23,7 @@ constexpr int kSampleThreads = 768;  // which leaves 80 registers to each
 
 struct SampleScratch {
   PartialExpSums raw;
-  float maximum[kMaxWarps], first_maximum[kMaxWarps];
+  PartialSums maximum, first_maximum;
   SearchScratch search;
 };
 
@@ -43,20 +43,11 @@ __device__ __forceinline__ Counted counted_by(const SamplingRule& rule, bool lim
   return rule.top_k <= kListed ? Counted::kChunkMaxima : Counted::kNothing;
 }
 
-// The largest of a number per thread; every thread receives it.
-__device__ __forceinline__ float block_maximum(float x, float (&partial)[kMaxWarps]) {
-  x = warp_max(x);
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  const int lane = threadIdx.x % kWarp;
-  return warp_max(lane < blockDim.x / kWarp ? partial[lane] : -CUDART_INF_F);
-}
-
 // Clears the bins; the reference of the bins is the maximum of the first tiles.
 template <class T>
 __device__ Binning binning_of(const SampleRow<T>& row, float scale, SampleScratch& scratch) {
   for (int i = threadIdx.x; i < kBins; i += blockDim.x) scratch.search.bins()[i] = 0;
-  return {fmaxf(block_maximum(row.largest_of_first(), scratch.first_maximum), -CUDART_MAX_NORMAL_F), scale};
+  return {fmaxf(block_max(row.largest_of_first(), scratch.first_maximum), -CUDART_MAX_NORMAL_F), scale};
 }
 
 // Pass 1.
@@ -85,7 +76,7 @@ __device__ RowStatistics row_statistics(const SampleRow<T>& row, Counted counted
   };
   row.visit_raw(counted != Counted::kNothing, visit);
   publish(raw, scale, scratch.raw);
-  maximum = block_maximum(maximum, scratch.maximum);
+  maximum = block_max(maximum, scratch.maximum);
   return {collect(scratch.raw, scale), maximum};
 }
 

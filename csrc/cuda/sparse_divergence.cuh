@@ -19,13 +19,13 @@ namespace distillm {
 constexpr int kSparseBlockThreads = 512;
 
 struct SparseScratch {
-  block::ExpSums off, on, teacher, unit;
-  block::Sums shares, value, g;
+  PartialExpSums off, on, teacher, unit;
+  PartialSums shares, value, g;
 };
 
 // Statistics of the student off S, on S and over both, at T = 1 over both, and of the teacher on S.
 struct SparseStatistics {
-  block::ExpSum off, on, all, unit, teacher;
+  ExpSum off = ExpSum::empty(), on = off, all = off, unit = off, teacher = off;
   float shares;  // sum of counts; NaN where the teacher holds a NaN or +inf
 };
 
@@ -48,18 +48,18 @@ __device__ SparseStatistics sparse_statistics(const StudentRow<Student>& row, co
     s.on.add<1>({kept.z[k]}, scale);
     if (a.tail == Tail::kRenormalize) s.teacher.add<1>({kept.log2_p[k]}, 1.0f);
   }
-  scratch.off.leave(s.off, scale);
-  scratch.on.leave(s.on, scale);
-  scratch.teacher.leave(s.teacher, 1.0f);
-  scratch.unit.leave(s.unit, unit_scale);
-  scratch.shares.leave(drawn);
+  publish(s.off, scale, scratch.off);
+  publish(s.on, scale, scratch.on);
+  publish(s.teacher, 1.0f, scratch.teacher);
+  publish(s.unit, unit_scale, scratch.unit);
+  publish(drawn, scratch.shares);
   __syncthreads();
-  s.off = scratch.off.total(scale);
-  s.on = scratch.on.total(scale);
+  s.off = collect(scratch.off, scale);
+  s.on = collect(scratch.on, scale);
   s.all = s.off.with(s.on, scale);
-  s.teacher = scratch.teacher.total(1.0f);
-  s.unit = own_unit ? scratch.unit.total(unit_scale) : s.all;
-  s.shares = scratch.shares.total();
+  s.teacher = collect(scratch.teacher, 1.0f);
+  s.unit = own_unit ? collect(scratch.unit, unit_scale) : s.all;
+  s.shares = collect(scratch.shares);
   return s;
 }
 
@@ -68,7 +68,7 @@ __device__ SparseStatistics sparse_statistics(const StudentRow<Student>& row, co
 struct LogSoftmax {
   float maximum, scale, log2_sum;
 
-  __device__ static LogSoftmax of(const block::ExpSum& s, float scale) { return {s.maximum, scale, log2f(s.sum)}; }
+  __device__ static LogSoftmax of(const ExpSum& s, float scale) { return {s.maximum, scale, log2f(s.sum)}; }
   __device__ float operator()(float z) const { return (z - maximum) * scale - log2_sum; }
 };
 
@@ -115,10 +115,10 @@ __device__ inline Term<float> kept_sums(const KeptShared& kept, const SparseDive
     }
     return sum;
   });
-  scratch.value.leave(sum.value);
-  scratch.g.leave(sum.g);
+  publish(sum.value, scratch.value);
+  publish(sum.g, scratch.g);
   __syncthreads();
-  return {scratch.value.total(), scratch.g.total()};
+  return {collect(scratch.value), collect(scratch.g)};
 }
 
 // gradient_v = s_v tail + unit_scale softmax_v at T = 1 off S, s the student's softmax over the entries off S; on S

@@ -19,9 +19,9 @@ void launch_slots(const TopkLogitsArguments& a, int64_t rows, const DeviceScope&
   const bool sample = a.position != nullptr;
   const int64_t in_shared = a.workspace ? 0 : a.capacity;
   const int64_t entries = segment_entries(a.vocab, 16 / sizeof(T)), segments = (a.vocab + entries - 1) / entries;
-  const int64_t bytes = sample ? SampleMemory<kSlots>::bytes(in_shared, segments) : 8 * in_shared;
+  const int64_t bytes = sample ? DrawMemory<kSlots>::bytes(in_shared, segments) : 8 * in_shared;
   const auto kernel = sample ? sample_logits_kernel<T, kSlots> : topk_logits_kernel<T, kSlots>;
-  const int threads = sample || a.k <= 256 ? kSampleThreads : 1024;
+  const int threads = sample || a.k <= 256 ? kDrawThreads : 1024;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   kernel<<<static_cast<unsigned>(rows), threads, bytes, device.stream()>>>(a);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -59,16 +59,6 @@ void test_nucleus_mass() {
   CHECK_EQUAL(nucleus_mass(0.25f, 201), 51u);  // reaches p, never less
 }
 
-void test_ordered_key() {
-  const float infinity = std::numeric_limits<float>::infinity();
-  const float rising[] = {-infinity, -3e38f, -1.0f, -1e-45f, 0.0f, 1e-45f, 1.0f, 3e38f, infinity};
-  for (int i = 0; i < 9; ++i) {
-    CHECK_EQUAL(number_of_key(ordered_key(rising[i])), rising[i]);
-    if (i > 0) CHECK(ordered_key(rising[i - 1]) < ordered_key(rising[i]));
-  }
-  CHECK_EQUAL(ordered_key(-0.0f), ordered_key(0.0f));
-}
-
 void test_penalty() {
   CHECK_EQUAL(penalised(3.0f, 1.5f), 2.0f);
   CHECK_EQUAL(penalised(-3.0f, 1.5f), -4.5f);
@@ -99,7 +89,6 @@ int main() {
   test_tempering();
   test_draw_point();
   test_nucleus_mass();
-  test_ordered_key();
   test_penalty();
   test_legal_rules();
   return report("token_mass");
