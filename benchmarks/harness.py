@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import distillm_ext
+
 RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]
 
@@ -44,13 +46,10 @@ def medians(candidates: dict[str, Callable[[], Any]], rounds: int, device: str =
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def peak_bytes(function: Callable[[], Any], reset: Callable[[], Any], device: str = "cpu") -> int:
-    """Largest sum of tensor memory that `function` holds at once beyond what was there before.
-
-    `reset` frees what an earlier call left behind, such as a gradient.
-    """
+def peak_bytes(function: Callable[[], Any], device: str = "cpu") -> int:
+    """Largest sum of tensor memory that `function` holds at once beyond what was there before."""
     function()
-    reset()
+    distillm_ext.empty_cache()
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -49,6 +49,7 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "min_p_rows, Tensor? penalty_rows, Tensor? seed_rows, Tensor? position_rows, Tensor? previous, Tensor? banned, "
       "Tensor? bits, float temperature, int top_k, float top_p, float min_p, float penalty, int seed, int position) "
       "-> (Tensor token, Tensor logprob, Tensor filtered_logprob, Tensor valid)");
+  m.def("release_gradient_memory() -> int");
   m.def("cpu_instruction_set() -> str");
   m.def("torch_version_built() -> str");
 }

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         SkewReverseKLLoss,
         TotalVariationLoss,
     )
+    from .memory import empty_cache
     from .sampling import sample_tokens
 
 try:
@@ -72,6 +73,7 @@ _HOME = {
         "TotalVariationLoss",
     ),
     "information": ("build_info",),
+    "memory": ("empty_cache",),
     "sampling": ("sample_tokens",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -98,6 +100,7 @@ __all__ = [
     "capture_from_hidden",
     "compress_logits",
     "distillation_loss",
+    "empty_cache",
     "forward_kl_loss",
     "generalized_js_loss",
     "linear_distillation_loss",

@@ -1,7 +1,7 @@
 // `divergence` on the CPU: rows are shared out over torch's threads; each thread runs the kernel of this processor.
 #include "divergence.h"
 
-#include "huge_pages.h"
+#include "gradient_memory.h"
 #include "instruction_set.h"
 
 namespace distillm {
@@ -16,7 +16,6 @@ void run(const DivergenceTensors& t) {
   const DivergenceCall& call = t.call;
   const DivergenceRows rows = kernel_for(call.options.divergence, call.student_type == ScalarType::Double);
   STD_TORCH_CHECK(rows, "divergence '", call.options.divergence, "' has no CPU kernel");
-  prefer_huge_pages(t.gradient.data_ptr(), t.gradient.numel() * t.gradient.element_size());
   const int64_t grain = rows_per_task(call.student_vocab);
   torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) { rows(call, begin, end); });
 }
@@ -30,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> divergence(const Tensor& student, const Tenso
   const DivergenceTensors t = prepare_divergence(
       student, teacher, labels, weight, alpha_rows, cap,
       {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
-      need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere, need_metrics);
+      need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere, need_metrics, recycled_empty_like);
   run(t);
   return {t.loss, t.gradient, t.metrics};
 }

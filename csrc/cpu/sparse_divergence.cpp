@@ -2,7 +2,7 @@
 // processor.
 #include "sparse_divergence.h"
 
-#include "huge_pages.h"
+#include "gradient_memory.h"
 #include "instruction_set.h"
 
 namespace distillm {
@@ -17,7 +17,6 @@ void run(const SparseDivergenceTensors& t) {
   const std::string& name = dense.options.divergence;
   const SparseDivergenceRows rows = kernel_for(name, t.call.tail, dense.student_type == ScalarType::Double);
   STD_TORCH_CHECK(rows, "divergence '", name, "' has no CPU kernel for this tail");
-  prefer_huge_pages(t.gradient.data_ptr(), t.gradient.numel() * t.gradient.element_size());
   const int64_t grain = rows_per_task(dense.student_vocab);
   torch::stable::parallel_for(0, dense.rows, grain, [&](int64_t begin, int64_t end) { rows(t.call, begin, end); });
 }
@@ -31,7 +30,7 @@ std::tuple<Tensor, Tensor> sparse_divergence(
   const SparseDivergenceTensors t = prepare_sparse_divergence(
       student, {ids, logprobs, log_norm, tail_logprob, counts, teacher_vocab}, labels, weight, alpha_rows, cap, tail,
       {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
-      need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere);
+      need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere, recycled_empty_like);
   run(t);
   return {t.loss, t.gradient};
 }

@@ -152,10 +152,13 @@ inline DivergenceCall raw_view(const DivergenceTensors& t, DivergenceOptions opt
           std::move(options)};
 }
 
-inline Tensor new_gradient(const Tensor& student, GradientTo gradient_to) {
-  if (gradient_to != GradientTo::kNewTensor) return torch::stable::new_empty(student, {0});
-  if (student.dim() == 2) return torch::stable::new_empty(student, {student.size(0), student.size(1)});
-  return torch::stable::new_empty(student, {student.size(0), student.size(1), student.size(2)});
+// How a backend allocates an uninitialised gradient for the logits `like`.
+using NewGradient = Tensor (*)(const Tensor& like);
+
+inline Tensor torch_empty_like(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
+
+inline Tensor new_gradient(const Tensor& student, GradientTo gradient_to, NewGradient allocate) {
+  return gradient_to == GradientTo::kNewTensor ? allocate(student) : torch::stable::new_empty(student, {0});
 }
 
 inline void check_options(const DivergenceOptions& options, const Tensor& student, const Tensor& teacher,
@@ -171,7 +174,8 @@ inline void check_options(const DivergenceOptions& options, const Tensor& studen
 inline DivergenceTensors prepare_divergence(const Tensor& student, const Tensor& teacher,
                                             const std::optional<Tensor>& labels, const std::optional<Tensor>& weight,
                                             const std::optional<Tensor>& alpha, const std::optional<Tensor>& cap,
-                                            DivergenceOptions options, GradientTo gradient_to, bool need_metrics) {
+                                            DivergenceOptions options, GradientTo gradient_to, bool need_metrics,
+                                            NewGradient allocate = torch_empty_like) {
   check_pair(student, teacher);
   check_options(options, student, teacher, labels.has_value());
   STD_TORCH_CHECK(gradient_to != GradientTo::kStudent || has_unit_column_stride(student),
@@ -186,7 +190,7 @@ inline DivergenceTensors prepare_divergence(const Tensor& student, const Tensor&
   t.alpha = checked_rows(alpha, "alpha", rows, type, student);
   t.cap = checked_rows(cap, "cap", rows, type, student);
   t.loss = torch::stable::new_empty(student, {rows}, type);
-  t.gradient = new_gradient(student, gradient_to);
+  t.gradient = new_gradient(student, gradient_to, allocate);
   t.metrics = need_metrics ? torch::stable::new_empty(student, {rows, kMetrics}, type)
                            : torch::stable::new_empty(student, {0}, type);
   t.call = raw_view(t, std::move(options), gradient_to);

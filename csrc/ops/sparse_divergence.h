@@ -115,7 +115,8 @@ inline SparseDivergenceTensors prepare_sparse_divergence(const Tensor& student, 
                                                          const std::optional<Tensor>& weight,
                                                          const std::optional<Tensor>& alpha,
                                                          const std::optional<Tensor>& cap, const std::string& tail_name,
-                                                         DivergenceOptions options, GradientTo gradient_to) {
+                                                         DivergenceOptions options, GradientTo gradient_to,
+                                                         NewGradient allocate = torch_empty_like) {
   const Tail tail = tail_of(tail_name);
   check_sparse_arguments(student, teacher, options, tail, labels.has_value());
   STD_TORCH_CHECK(gradient_to != GradientTo::kStudent || has_unit_column_stride(student),
@@ -134,7 +135,7 @@ inline SparseDivergenceTensors prepare_sparse_divergence(const Tensor& student, 
   t.alpha = checked_rows(alpha, "alpha", rows, type, student);
   t.cap = checked_rows(cap, "cap", rows, type, student);
   t.loss = torch::stable::new_empty(student, {rows}, type);
-  t.gradient = new_gradient(student, gradient_to);
+  t.gradient = new_gradient(student, gradient_to, allocate);
   t.call = raw_view(t, teacher.vocab, tail, std::move(options), gradient_to);
   return t;
 }

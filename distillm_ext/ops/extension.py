@@ -51,6 +51,10 @@ def require_backend(device: torch.device, name: str = "student_logits") -> None:
         raise ValueError(f"{name} must be on a CPU or CUDA device, got {device}.")
 
 
+def release_gradient_memory() -> int:
+    return torch.ops.distillm_ext.release_gradient_memory()
+
+
 def cpu_instruction_set() -> str:
     return torch.ops.distillm_ext.cpu_instruction_set()
 
