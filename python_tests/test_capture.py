@@ -39,12 +39,17 @@ def mask_of(row):
     return mask
 
 
-def launch(world, out, *options, processes=0):
+LAUNCHERS = {
+    "torchrun": "-m torch.distributed.run --standalone --nproc_per_node 2",
+    # --multi_gpu is what starts several processes; without a GPU they run on the CPU.
+    "accelerate": "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
+    "--mixed_precision no --dynamo_backend no",
+}
+
+
+def launch(world, out, *options, launcher=""):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable]
-    if processes:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [str(WORKER), str(world), str(out), *map(str, options)]
+    command = [sys.executable, *launcher.split(), str(WORKER), str(world), str(out), *map(str, options)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
@@ -161,10 +166,11 @@ def test_other_settings_need_another_folder(world, captured, tmp_path):
         capture(capture_settings(world, tmp_path, method="sample", rows=4, seed=1), processes=Processes())
 
 
-def test_two_processes_go_on_from_what_one_had_done(world, captured, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_go_on_from_what_one_had_done(world, captured, tmp_path, launcher):
     with pytest.raises(Stopped):
         capture(capture_settings(world, tmp_path, flush_seconds=0.0), processes=Processes(), progress=stop_after(2))
-    done = launch(world, tmp_path, processes=2)
+    done = launch(world, tmp_path, launcher=LAUNCHERS[launcher])
     assert (tmp_path / "done1.json").is_file(), done.stderr[-3000:]
     reports = [json.loads((tmp_path / f"done{rank}.json").read_text()) for rank in (0, 1)]
     assert [report["rows"] for report in reports] == [20, 20] and sum(report["found"] for report in reports) == 8
