@@ -180,6 +180,17 @@ def test_illegal_parameters_in_tensors_touch_their_own_row(name):
     assert drawn.tokens[3] == alone.tokens[0]
 
 
+@pytest.mark.parametrize("rule", [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 10}, {"top_p": 0.9}])
+def test_a_penalty_that_overflows_leaves_a_distribution(rule):
+    logits = torch.randn(3, 1000)
+    logits[:, 5] = 3e38
+    found = sample_tokens(
+        logits, seed=torch.arange(3), position=0, repetition_penalty=0.1, previous_tokens=torch.full((3, 1), 5), **rule
+    )
+    assert found.tokens.tolist() == [5, 5, 5] and found.valid.all()
+    assert (found.logprobs == 0).all() and (found.filtered_logprobs == 0).all()
+
+
 def test_repetition_penalty_and_banned_tokens():
     torch.manual_seed(7)
     row = torch.randn(500) * 3

@@ -1,9 +1,9 @@
 // Tokens of a range of rows on one thread. Included once per instruction set, by sample_tokens_<set>.cpp.
 //
 // Passes over a row, which stays in the second-level cache after the first:
-//   1. the maximum of every group of 64 entries;
-//   2. weights at T = 1 for the log-probability, summed; and where they differ the weights that are drawn by, summed
-//      per tile.
+//   1. the maximum, and that of every group of 64 entries where they are needed;
+//   2. exponentials at T = 1 for the log-probability, summed; and where they differ the weights that are drawn by,
+//      summed per tile.
 // Without filters the draw falls into a tile, whose weights are formed once more. With filters a lower bound of the
 // threshold (from the group maxima for top-k, from the total for top-p) names the few groups that hold candidates;
 // selection and draw see the candidates alone. No weight of the whole row is ever written.
@@ -31,6 +31,32 @@ inline double tile_weight(const float* z, int64_t count, Tempering tempering) {
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(exp2_portable((z[i] - maximum) * scale));
   return sum;
+}
+
+// Sum of exponentials of a tile in float, in an order that no vector width changes.
+inline float tile_exponentials(const float* z, int64_t count, Tempering tempering) {
+  constexpr int64_t kLanes = 16;
+  const float maximum = tempering.maximum, scale = tempering.scale;
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += exp2_portable((z[i + lane] - maximum) * scale);
+  }
+  float sum = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  for (; i < count; ++i) sum += exp2_portable((z[i] - maximum) * scale);
+  return sum;
+}
+
+// log2 of the sum of exponentials of a row, NaN where that is not a number.
+inline double log2_sum(const float* z, int64_t vocab, Tempering tempering) {
+  double total = 0;
+  for (int64_t start = 0; start < vocab; start += kMassTile) {
+    const int64_t count = vocab - start < kMassTile ? vocab - start : kMassTile;
+    total += static_cast<double>(tile_exponentials(z + start, count, tempering));
+  }
+  return std::log2(total);
 }
 
 // The working memory of one row, in this thread's scratch.
@@ -87,7 +113,7 @@ inline float group_maxima(const float* z, int64_t vocab, float* out) {
   return maximum;
 }
 
-// Mass of the row, 0 where it is not a number; per tile too where asked for.
+// Mass of the row and of its tiles; 0 where it is not a number.
 inline uint64_t row_mass(const float* z, int64_t vocab, Tempering tempering, uint64_t* tile_mass) {
   uint64_t total = 0;
   for (int64_t start = 0; start < vocab; start += kMassTile) {
@@ -95,7 +121,7 @@ inline uint64_t row_mass(const float* z, int64_t vocab, Tempering tempering, uin
     const double weight = tile_weight(z + start, count, tempering);
     if (!(weight == weight)) return 0;
     const uint64_t mass = mass_of(weight);
-    if (tile_mass) tile_mass[start / kMassTile] = mass;
+    tile_mass[start / kMassTile] = mass;
     total += mass;
   }
   return total;
@@ -121,24 +147,28 @@ struct SampledRow {
   SamplingRule rule;
   SampleScratch scratch;
   Tempering unit, tempering;
-  uint64_t unit_mass, mass;
+  uint64_t mass;     // of the row at the temperature, where the draw or a filter needs it
+  double log2_unit;  // log2 of the sum of exponentials at T = 1
 
   // Maxima and masses. False for a row without a legal token.
   bool measure() {
-    const float maximum = group_maxima(z, vocab, scratch.group_maximum);
+    const bool grouped = rule.greedy() || rule.filters(vocab);
+    const float maximum = grouped ? group_maxima(z, vocab, scratch.group_maximum) : tile_maximum(z, vocab);
     const float raw_maximum = z == raw ? maximum : tile_maximum(raw, vocab);
     if (!(maximum > -std::numeric_limits<float>::infinity())) return false;
     unit = {raw_maximum, static_cast<float>(kLog2E)};
     tempering = {maximum, rule.greedy() ? unit.scale : tempering_scale(rule.temperature)};
-    const bool same = z == raw && tempering.scale == unit.scale;
-    unit_mass = row_mass(raw, vocab, unit, same ? scratch.tile_mass : nullptr);
     const bool whole = !rule.greedy() && !rule.limits_count(vocab);
-    mass = same ? unit_mass : whole && unit_mass > 0 ? row_mass(z, vocab, tempering, scratch.tile_mass) : 0;
-    return unit_mass > 0;
+    if (whole) {
+      mass = row_mass(z, vocab, tempering, scratch.tile_mass);
+      if (mass == 0) return false;
+    }
+    const bool same = whole && z == raw && tempering.scale == unit.scale;
+    log2_unit = same ? std::log2(static_cast<double>(mass) / kMassUnits) : log2_sum(raw, vocab, unit);
+    return log2_unit == log2_unit;
   }
 
   DrawnToken result(int64_t token, double filtered) const {
-    const double log2_unit = std::log2(static_cast<double>(unit_mass) / kMassUnits);
     const double log2_p = (static_cast<double>(raw[token]) - unit.maximum) * kLog2E - log2_unit;
     return {token, static_cast<float>(log2_p * kLn2), static_cast<float>(filtered), true};
   }

@@ -95,8 +95,13 @@ DISTILLM_HD uint64_t nucleus_mass(float p, uint64_t total) {
   return mass > 0 ? mass : 1;
 }
 
-// Repetition penalty of CTRL (Keskar et al., 2019): positive logits shrink, negative ones grow in size.
-DISTILLM_HD float penalised(float z, float penalty) { return z < 0 ? z * penalty : z / penalty; }
+// Repetition penalty of CTRL (Keskar et al., 2019): positive logits shrink, negative ones grow in size. A penalty below
+// 1 raises a logit to the largest float at most, so that its row keeps a distribution.
+DISTILLM_HD float penalised(float z, float penalty) {
+  const float highest = 3.4028234663852886e38f;
+  const float moved = z < 0 ? z * penalty : z / penalty;
+  return moved > highest ? highest : moved;
+}
 
 }  // namespace DISTILLM_ISA
 }  // namespace distillm

@@ -63,6 +63,10 @@ void test_penalty() {
   CHECK_EQUAL(penalised(3.0f, 1.5f), 2.0f);
   CHECK_EQUAL(penalised(-3.0f, 1.5f), -4.5f);
   CHECK_EQUAL(penalised(0.0f, 1.5f), 0.0f);
+  const float highest = std::numeric_limits<float>::max(), infinity = std::numeric_limits<float>::infinity();
+  CHECK_EQUAL(penalised(3e38f, 0.1f), highest);
+  CHECK_EQUAL(penalised(-3e38f, 10.0f), -infinity);
+  CHECK(std::isnan(penalised(std::numeric_limits<float>::quiet_NaN(), 0.5f)));
 }
 
 void test_legal_rules() {
