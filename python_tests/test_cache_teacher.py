@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 from capture_world import LENGTHS, capture_settings, write_world
+from cli_world import run
 from datasets import Dataset
-from test_cli import run
 from trainer_world import adaptive, logged, tiny_config, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from capture_world import LENGTHS, capture_settings, write_world
-from test_cli import run
+from cli_world import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_ext import compress_logits

@@ -95,3 +95,39 @@ class GradientRecorder(TrainerCallback):
             self.gradients = {
                 name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None
             }
+
+
+def response_logits(model, rows):
+    """Logits and targets of all response tokens, one row at a time and without padding."""
+    logits, targets = [], []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        mask = torch.tensor(row["loss_mask"][1:], dtype=torch.bool)
+        logits.append(model(ids).logits[0, :-1][mask])
+        targets.append(ids[0, 1:][mask])
+    return torch.cat(logits), torch.cat(targets)
+
+
+def first_step(tmp_path, *, model=None, **settings):
+    """Gradients of the first optimizer step and its log."""
+    recorder = GradientRecorder()
+    model = model or tiny_model(1)
+    lm_dataset = settings.pop("lm_text", None)
+    trainer = tiny_trainer(
+        tiny_config(tmp_path, max_steps=1, max_grad_norm=0.0, **settings), rows=8, model=model, callbacks=[recorder],
+        lm_dataset=lm_dataset,
+    )  # fmt: skip
+    trainer.train()
+    return recorder.gradients, trainer.state.log_history[0]
+
+
+def assert_gradients_equal(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=tolerance * float(gradient.abs().max()))
+
+
+def expected_gradients(loss_of, model):
+    loss = loss_of(model)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, float(loss.detach())
