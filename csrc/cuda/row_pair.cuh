@@ -243,9 +243,21 @@ struct RowPair {
       }
     }
     while (place.position >= full + step) place = after(place, -1);  // turns of the last round not taken
+    first_looks(place, body);
+  }
+
+  // From `place` on.
+  template <class Body>
+  __device__ void first_looks(Place place, Body& body) const {
     const int count = chunks(max(student.vocab, teacher.vocab));
 #pragma unroll 1
     for (; place.position < count; place = after(place, 1)) first_look(place, load(place.position), body);
+  }
+
+  // The first visit once more, for what keep() has replaced; before the gradient overwrites anything.
+  template <class Body>
+  __device__ void stage_again(Body body) const {
+    first_looks(first_place(), body);
   }
 
   // Writes to the chunk at a position of another row of `vocab` entries.
