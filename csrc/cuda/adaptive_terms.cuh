@@ -2,12 +2,12 @@
 //
 //   value = (1 - s) F + s R,  F = KL(p || q), R = KL(q || p)       G = -(1 - s) (p - q) + s q log(q / p),  sum G = s R
 //
-// (q times any constant may be added to G: it is q times its own sum that the gradient subtracts.) The share s needs the
-// teacher's head, which few entries decide. The first visit leaves the largest logit of every thread; of their masses,
-// of which there is a histogram over log2 p, those from some log2 p on hold more than mu, all the more do all entries
-// from there on, so that these contain the head. The second visit lists them, usually a few hundred of the row, and one
-// warp finds the boundary among them. Where the threads' largest do not hold mu, as in a flat row, or the list has no
-// room, the row is visited again (head_entries.cuh).
+// (q times any constant may be added to G: it is q times its own sum that the gradient subtracts.) The share s needs
+// the teacher's head, which few entries decide. The first visit leaves the largest logit of every thread; of their
+// masses, of which there is a histogram over log2 p, those from some log2 p on hold more than mu, all the more do all
+// entries from there on, so that these contain the head. The second visit lists them, usually a few hundred of the row,
+// and one warp finds the boundary among them. Where the threads' largest do not hold mu, as in a flat row, or the list
+// has no room, the row is visited again (head_entries.cuh).
 #pragma once
 
 #include "divergence_terms.cuh"
@@ -17,7 +17,7 @@ namespace distillm {
 
 // The largest of the teacher's logits that a thread sees.
 struct LargestSeen {
-  float logit = -CUDART_INF_F;
+  float logit = kMinusInfinity<float>;
 
   template <int N>
   __device__ void add(const float (&teacher)[N]) {
@@ -29,9 +29,9 @@ struct LargestSeen {
 struct AdaptiveTerms {
   using Scratch = HeadScratch;
   using Watch = LargestSeen;
-  static constexpr int kSteps = 8;           // of the histogram, per factor of two in p
-  static constexpr float kUnit = 1 << 28;    // its counters': the mass of a row fits
-  static constexpr float kMargin = 1.001f;   // for rounding, to the safe side
+  static constexpr int kSteps = 8;          // of the histogram, per factor of two in p
+  static constexpr float kUnit = 1 << 28;   // its counters': the mass of a row fits
+  static constexpr float kMargin = 1.001f;  // for rounding, to the safe side
 
   Softmax q, p;
   float mu, largest, lightest;
@@ -95,8 +95,8 @@ struct AdaptiveTerms {
   }
 
   template <class First, int N>
-  __device__ void chunk(First first, const float (&student_logits)[N], const float (&teacher_logits)[N], Term<float>& sum,
-                        float (&log2_p)[N]) {
+  __device__ void chunk(First first, const float (&student_logits)[N], const float (&teacher_logits)[N],
+                        Term<float>& sum, float (&log2_p)[N]) {
     float forward = 0, reverse = 0, distances = 0, masses = 0, highest = -CUDART_INF_F;
 #pragma unroll
     for (int i = 0; i < N; ++i) {

@@ -41,8 +41,7 @@ struct BlendedTerms {
 
   // NaN where t is 0 or 1 and the side that does not count is -inf.
   __device__ float blended(float student_logit, float teacher_logit) const {
-    return fmaf(student_logit - q.reference, student_scale,
-                fmaf(teacher_logit - p.reference, teacher_scale, -rest));
+    return fmaf(student_logit - q.reference, student_scale, fmaf(teacher_logit - p.reference, teacher_scale, -rest));
   }
   __device__ float blended_anyhow(float student_logit, float teacher_logit) const {
     const float log2_q = q.log2_probability(student_logit), log2_p = p.log2_probability(teacher_logit);

@@ -11,8 +11,8 @@ namespace distillm {
 
 // The sum of exp2(z * scale - shift) over the logits seen, one multiply-add and one exponential each. The shift is that
 // of any logit, such as the row's first, and is raised when the sum grows too large for it: the range of float leaves
-// room for that to be rare. -FLT_MAX stands for -inf as a shift, so that a sum over nothing but -inf is 0 and not NaN; a
-// NaN or +inf among the logits makes the sum NaN or +inf.
+// room for that to be rare. -FLT_MAX stands for -inf as a shift, so that a sum over nothing but -inf is 0 and not NaN;
+// a NaN or +inf among the logits makes the sum NaN or +inf.
 struct ShiftedSum {
   float shift, sum;
 

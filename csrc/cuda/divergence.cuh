@@ -61,8 +61,8 @@ __device__ __forceinline__ RowSoftmaxes softmaxes_of(ShiftedSum student, Shifted
 // Rows for which the product of a logit and the scale leaves the range of float, and those without a softmax: two more
 // visits, of the largest logits and of the differences to them.
 template <class Student, class Teacher>
-__device__ RowSoftmaxes softmaxes_of_extreme_row(const RowPair<Student, Teacher>& rows, float scale,
-                                                              bool own_unit, Scratch& scratch) {
+__device__ RowSoftmaxes softmaxes_of_extreme_row(const RowPair<Student, Teacher>& rows, float scale, bool own_unit,
+                                                 Scratch& scratch) {
   constexpr int N = RowPair<Student, Teacher>::N;
   const float unit_scale = static_cast<float>(kLog2E);
   const int vocab = max(rows.student.vocab, rows.teacher.vocab);

@@ -51,7 +51,9 @@ struct RunningDigit {
 
 // The bits of a float below this one are 0 in every logit of the stored dtype.
 template <class Stored>
-constexpr int kLowestBitOf = std::is_same_v<Stored, BFloat16> ? 16 : std::is_same_v<Stored, Half> ? 13 : 0;
+constexpr int kLowestBitOf = std::is_same_v<Stored, BFloat16> ? 16
+                             : std::is_same_v<Stored, Half>   ? 13
+                                                              : 0;
 
 // By one warp; the lists of all blocks are complete, and none is longer than kListed.
 template <class Rows>
