@@ -26,6 +26,8 @@ VOCABULARIES = (32000, 50257, 128256, 151936)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 MODELLED_ROWS = 4096
+# Where no cluster of blocks holds a long row, so that part of it is read three times.
+WITHOUT_CLUSTERS = {"sm_80": "A100-80GB", "sm_86": "RTX-3090", "sm_89": "L40S", "sm_120": "RTX-5090"}
 
 
 @dataclass
@@ -117,12 +119,33 @@ def cuda_counters(
     ]
 
 
+def architecture_row(arch: str, gpu: str, vocabulary: int) -> harness.Row:
+    """skew_kl where blocks work alone: traffic without help from the L2 cache, against each byte once."""
+    row = count_case("skew_kl", "bfloat16", vocabulary, arch, gpu)
+    traffic = (row.read_bytes + row.written_bytes) * MODELLED_ROWS * vocabulary
+    traffic_ms = 1e3 * traffic / ptxsim.GPUS[gpu].dram_bytes_per_second
+    return {
+        "arch": arch,
+        "gpu": gpu,
+        "V": vocabulary,
+        "threads": row.threads,
+        "staged": row.staged_share,
+        "B read": row.read_bytes,
+        "B written": row.written_bytes,
+        "issued": row.issued_instructions,
+        "bytes / minimum": traffic_ms / row.dram_ms,
+        "model / dram": max(traffic_ms, row.modelled_ms) / row.dram_ms,
+    }
+
+
 def publish_all() -> None:
-    """Prints both tables and writes them to results/."""
+    """Prints the tables and writes them to results/."""
     title = (
         f"divergence, sm_90, value and gradient: counts per entry; model of {MODELLED_ROWS} rows on H100 (no timing)"
     )
     harness.publish(title, [row.as_row() for row in cuda_counters()], "divergence_cuda_counters.csv")
+    rows = [architecture_row(arch, gpu, v) for arch, gpu in WITHOUT_CLUSTERS.items() for v in VOCABULARIES]
+    harness.publish("skew_kl without clusters of blocks", rows, "divergence_cuda_architectures.csv")
     resources = [
         {"arch": arch, **asdict(kernel)}
         for arch in ARCHITECTURES

@@ -29,12 +29,13 @@ def log_mixture(alpha: float, log_a: np.ndarray, log_b: np.ndarray) -> np.ndarra
 
 
 def adaptive_share(log_p: np.ndarray, log_q: np.ndarray, mu: float) -> float:
-    """Weight of the reverse divergence in adaptive_kl; the head by sorting (-log p, id)."""
+    """Weight of the reverse divergence in adaptive_kl; the head by sorting (-log p, id); all of the row at mu = 1, to
+    which the rounded masses add up only nearly."""
     order = sorted(range(len(log_p)), key=lambda v: (-log_p[v], v))
     distance, mass, g = np.abs(np.exp(log_p) - np.exp(log_q)), 0.0, [0.0, 0.0]
     for rank, v in enumerate(order):
         mass += np.exp(log_p[v])
-        g[0 if rank == 0 or mass <= mu else 1] += distance[v]
+        g[0 if rank == 0 or mass <= mu or mu == 1 else 1] += distance[v]
     return g[1] / sum(g) if sum(g) > 0 else 0.5
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import ptxsim
 import pytest
-from ptx_kernels import DivergenceCase
+from ptx_kernels import DivergenceCase, divergence_module
+from test_divergence_cluster_cuda import CLUSTER_BARRIER, without
 from test_divergence_cuda import BF16, F16, F32, check, logits, run, unaligned
 
 MEMBERS = ("adaptive_kl", "interpolated")
@@ -50,6 +53,39 @@ def test_head_of_peaked_and_flat_rows(mu, dtype, rng):
     check(DivergenceCase(logits(rng, 6, 203, dtype), teacher, "adaptive_kl", alpha=mu), cluster=2, threads=32, seed=2)
 
 
+def test_head_beyond_the_list(rng):
+    """More entries alike than the list has room for, of which few are the head; in place, after G has been kept."""
+    teacher = (rng.standard_normal((2, 700)) * 1e-3).astype(F32)
+    teacher[1] = 0
+    for in_place in (False, True):
+        case = DivergenceCase(logits(rng, 2, 700, F32), teacher, "adaptive_kl", alpha=0.04, in_place=in_place)
+        check(case, threads=32, seed=1)
+
+
+def test_head_of_a_flat_row_in_parts(rng):
+    """The row's largest logits hold too little: the row itself is searched, with some turns staged and some kept."""
+    for staged, kept in ((None, None), (3, 1), (0, 0)):
+        case = DivergenceCase(
+            logits(rng, 1, 1501, BF16), logits(rng, 1, 1501, BF16, 0.1), "adaptive_kl", staged_turns=staged,
+            kept_turns=kept,
+        )  # fmt: skip
+        check(case, threads=32, cluster=2, seed=3)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 1.0])
+def test_adaptive_kl_where_both_sides_are_masked(mu, rng):
+    """Probabilities of 0 on both sides contribute nothing, and get no gradient; at mu = 1 also where the student has
+    one."""
+    student, teacher = logits(rng, 2, 301, BF16), logits(rng, 2, 301, BF16)
+    student[0, ::3] = teacher[0, ::3] = -np.inf
+    if mu == 1:
+        teacher[1, ::2] = -np.inf
+    for kept in (None, 0):
+        case = DivergenceCase(student, teacher, "adaptive_kl", alpha=mu, kept_turns=kept)
+        result = check(case, cluster=2, threads=32)
+        assert np.isfinite(result.loss).all() and (result.gradient[0, ::3] == 0).all()
+
+
 def test_adaptive_kl_of_identical_and_masked_rows(rng):
     student = logits(rng, 3, 203, F32)
     teacher = student.copy()
@@ -69,6 +105,33 @@ def test_interpolated_of_far_apart_and_masked_rows(rng):
         if t == 1:
             student[1], teacher[0] = student[3], teacher[3]
         check(case, seed=1)
+
+
+@pytest.mark.parametrize("staged", [None, 1])
+def test_interpolated_of_sides_without_overlap(staged, rng):
+    """The sum of exponentials of the blend underflows, and the pass is made once more."""
+    student, teacher = logits(rng, 3, 333, F32), logits(rng, 3, 333, F32)
+    student[:, ::2] += 120
+    teacher[:, 1::2] += 120
+    student[1, 1::2] -= 70
+    student[2, ::3] = teacher[2, ::5] = -np.inf
+    for in_place in (False, True):
+        case = DivergenceCase(student.copy(), teacher, "interpolated", staged_turns=staged, in_place=in_place)
+        assert np.isfinite(check(case, cluster=2, threads=32, seed=1).loss).all()
+
+
+def test_logits_at_the_ends_of_the_range(rng):
+    """The product with the scale is not a float: statistics from the differences to the largest logit."""
+    student, teacher = logits(rng, 4, 203, F32), logits(rng, 4, 203, F32)
+    lowest = np.finfo(np.float32).min
+    student[0], teacher[1] = lowest, -lowest
+    student[2, :100], student[2, 100:] = -lowest, lowest
+    student[3] += 3e4
+    case = DivergenceCase(student, teacher, temperature=2.0, labels=np.arange(4), ce_weight=0.5)
+    for case.temperature in (0.25, 2.0):
+        check(case, cluster=2, threads=32)
+    case.teacher[0, 7] = np.inf
+    assert np.isnan(check(case, cluster=2).loss[0])
 
 
 @pytest.mark.parametrize("divergence", MEMBERS)
@@ -126,12 +189,12 @@ def test_vocab_size_in_blocks_of_rows(dtype, rng):
 
 
 def test_head_selection_without_a_barrier_is_a_race(tmp_path, rng):
-    """The barriers around the histograms of the head matter, and their absence is seen."""
-    from test_divergence_cluster_cuda import CLUSTER_BARRIER, divergence_module, without
-
+    """The barrier between the histogram of the threads' largest logits and its reader matters."""
     case = DivergenceCase(logits(rng, 1, 515, F32), logits(rng, 1, 515, F32), "adaptive_kl")
     text = open(divergence_module("sm_90", "adaptive_kl", case.student, case.teacher).path).read()
-    (tmp_path / "racy.ptx").write_text(without(text, CLUSTER_BARRIER, 1))
+    reader = text.index("redux.sync.min")
+    which = len(re.findall(CLUSTER_BARRIER, text[:reader], re.DOTALL)) - 1
+    (tmp_path / "racy.ptx").write_text(without(text, CLUSTER_BARRIER, which))
     module = ptxsim.load_ptx(tmp_path / "racy.ptx")
     with pytest.raises(ptxsim.KernelError, match="race|exited"):
         for seed in range(4):

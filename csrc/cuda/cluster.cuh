@@ -44,6 +44,15 @@ struct Cluster {
 #endif
   }
 
+  // Lane i of a warp writes x to what block i of the cluster keeps at p, in shared memory. The compiler may look the
+  // address up before it asks whether there is such a block.
+  template <class T>
+  __device__ void to_all_blocks(T* p, const T& x) const {
+    const int block = static_cast<int>(threadIdx.x) % 32;
+    T* const target = in_block(p, min(block, size - 1));
+    if (block < size) *target = x;
+  }
+
   // Where another block of the cluster keeps what this block keeps at p, in shared memory.
   template <class T>
   __device__ T* in_block(T* p, int block) const {

@@ -1,6 +1,9 @@
 // `divergence` on CUDA: chooses the kernel of this divergence and pair of dtypes and launches one cluster of blocks per
 // row.
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "divergence_kernels.cuh"
 #include "divergence_plan.h"
@@ -16,15 +19,13 @@ DivergenceShape shape_of(const DivergenceKernel& kernel, const DivergenceCall& c
 
 // Clusters need a device that has them and code compiled for one: PTX of an older architecture knows of none. 12.0
 // and later are launched without: there a cluster is one block.
-int64_t most_blocks_of_cluster(const DivergenceKernel& kernel, const DeviceScope& device) {
-  cudaFuncAttributes attributes;
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
+int64_t most_blocks_of_cluster(const cudaFuncAttributes& kernel, const DeviceScope& device) {
   const int major = device.attribute(cudaDevAttrComputeCapabilityMajor);
   const bool has_clusters = major >= 9 && major < 12 && device.attribute(cudaDevAttrClusterLaunch);
-  return has_clusters && attributes.ptxVersion >= 90 ? kMaxCluster : 1;
+  return has_clusters && kernel.ptxVersion >= 90 ? kMaxCluster : 1;
 }
 
-DeviceLimits limits_of(const DivergenceKernel& kernel, const DeviceScope& device) {
+DeviceLimits limits_of(const cudaFuncAttributes& kernel, const DeviceScope& device) {
   return {device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
           device.attribute(cudaDevAttrReservedSharedMemoryPerBlock), most_blocks_of_cluster(kernel, device)};
@@ -87,21 +88,50 @@ bool fits(const DivergenceKernel& kernel, const Launch& launch) {
   return clusters > 0;
 }
 
+// Asks the device what it takes, and readies the kernel for any plan: shared memory may grow to all that a block can
+// have.
+DivergencePlan planned(const DivergenceKernel& kernel, const DivergenceShape& shape, const DeviceScope& device) {
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
+  DeviceLimits limits = limits_of(attributes, device);
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(limits.block_bytes - attributes.sharedSizeBytes)));
+  for (;; limits.cluster /= 2) {
+    const DivergencePlan plan = plan_divergence(shape, limits);
+    const Launch launch(plan, 1, plan.dynamic_bytes(shape), device.stream());
+    if (plan.cluster == 1 || fits(kernel, launch)) return plan;
+  }
+}
+
+// The plans made so far: a launch of a kind that was there before asks the driver nothing.
+class Plans {
+ public:
+  DivergencePlan of(const DivergenceKernel& kernel, const DivergenceShape& shape, const DeviceScope& device) {
+    const Key key{device.index(), reinterpret_cast<const void*>(kernel.function), shape.chunks, shape.keeps};
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = plans_.find(key);
+    if (found != plans_.end()) return found->second;
+    const DivergencePlan plan = planned(kernel, shape, device);
+    if (plans_.size() == kMost) plans_.clear();
+    return plans_.emplace(key, plan).first->second;
+  }
+
+ private:
+  using Key = std::tuple<int, const void*, int64_t, bool>;  // device, kernel, chunks, whether G is kept
+  static constexpr size_t kMost = 1024;
+  std::mutex mutex_;
+  std::map<Key, DivergencePlan> plans_;
+};
+
 void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const DeviceScope& device) {
+  static Plans plans;
   const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
   const DivergenceShape shape = shape_of(kernel, call, vocab);
-  for (DeviceLimits limits = limits_of(kernel, device);; limits.cluster /= 2) {
-    const DivergencePlan plan = plan_divergence(shape, limits);
-    const int64_t shared_bytes = plan.dynamic_bytes(shape);
-    check_grid(call.rows * plan.cluster, vocab);
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
-    const Launch launch(plan, call.rows, shared_bytes, device.stream());
-    if (plan.cluster > 1 && !fits(kernel, launch)) continue;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments_of(call, plan)));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    return;
-  }
+  const DivergencePlan plan = plans.of(kernel, shape, device);
+  check_grid(call.rows * plan.cluster, vocab);
+  const Launch launch(plan, call.rows, plan.dynamic_bytes(shape), device.stream());
+  STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments_of(call, plan)));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void run(const DivergenceTensors& t, const DeviceScope& device) {

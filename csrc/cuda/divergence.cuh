@@ -21,78 +21,129 @@ constexpr int kMaxBlockThreads = kMaxBlockWarps * kWarp;
 struct Scratch {
   Partials<AddExponentials> student, teacher, unit;
   Partials<Add> value, g;
+  Partials<Highest> student_highest, teacher_highest;
   MetricsScratch metrics;
 };
 
 // All static shared memory of a block.
 template <class Member>
 struct MemberScratch : Scratch {
-  typename MemberOfRow<Member>::Scratch member;
+  typename TermsOf<Member>::Scratch member;
 };
 
+// What the sums of a row's exponentials are taken of: the logits less these.
+struct Origins {
+  float student, teacher;
+};
+
+// The reductions over the cluster of what its threads have summed up.
+__device__ __forceinline__ RowSoftmaxes softmaxes_of(ShiftedSum student, ShiftedSum teacher, ShiftedSum unit,
+                                                     bool own_unit, float scale, Origins origins, Scratch& scratch,
+                                                     const Cluster& cluster) {
+  scratch.student.publish({}, student);
+  scratch.teacher.publish({}, teacher);
+  if (own_unit) scratch.unit.publish({}, unit);
+  __syncthreads();
+  if (threadIdx.x < kWarp) {
+    scratch.student.share({}, cluster);
+    scratch.teacher.share({}, cluster);
+    if (own_unit) scratch.unit.share({}, cluster);
+  }
+  cluster.synchronize();
+  student = scratch.student.total({}, cluster);
+  teacher = scratch.teacher.total({}, cluster);
+  unit = own_unit ? scratch.unit.total({}, cluster) : student;
+  const float unit_scale = own_unit ? static_cast<float>(kLog2E) : scale;
+  return {Softmax::of(student, scale, origins.student), Softmax::of(teacher, scale, origins.teacher),
+          Softmax::of(unit, unit_scale, origins.student), student.usable() && teacher.usable() && unit.usable()};
+}
+
+// Rows for which the product of a logit and the scale leaves the range of float, and those without a softmax: two more
+// visits, of the largest logits and of the differences to them.
 template <class Student, class Teacher>
-__device__ RowSoftmaxes row_softmaxes(const RowPair<Student, Teacher>& rows, const DivergenceArguments& a,
+__device__ RowSoftmaxes softmaxes_of_extreme_row(const RowPair<Student, Teacher>& rows, float scale, bool own_unit,
+                                                 Scratch& scratch) {
+  constexpr int N = RowPair<Student, Teacher>::N;
+  const float unit_scale = static_cast<float>(kLog2E);
+  const int vocab = max(rows.student.vocab, rows.teacher.vocab);
+  Origins highest{-FLT_MAX, -FLT_MAX};
+  rows.visit(vocab, [&](Place place) {
+    float student_logits[N], teacher_logits[N];
+    rows.logits(place, student_logits, teacher_logits);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      highest.student = fmaxf(highest.student, student_logits[i]);
+      highest.teacher = fmaxf(highest.teacher, teacher_logits[i]);
+    }
+  });
+  highest = {scratch.student_highest.over({}, highest.student, rows.cluster),
+             scratch.teacher_highest.over({}, highest.teacher, rows.cluster)};
+  ShiftedSum student{0, 0}, teacher{0, 0}, unit{0, 0};
+  rows.visit(vocab, [&](Place place) {
+    float student_logits[N], teacher_logits[N];
+    rows.logits(place, student_logits, teacher_logits);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      student_logits[i] -= highest.student;
+      teacher_logits[i] -= highest.teacher;
+    }
+    student.add(student_logits, scale);
+    teacher.add(teacher_logits, scale);
+    if (own_unit) unit.add(student_logits, unit_scale);
+  });
+  return softmaxes_of(student, teacher, unit, own_unit, scale, highest, scratch, rows.cluster);
+}
+
+template <class Watch, class Student, class Teacher>
+__device__ RowSoftmaxes row_softmaxes(const RowPair<Student, Teacher>& rows, const DivergenceArguments& a, Watch& watch,
                                       Scratch& scratch) {
   constexpr int N = RowPair<Student, Teacher>::N;
-  const float log2_e = static_cast<float>(kLog2E);
-  const AddExponentials scaled{log2_e * a.inverse_temperature}, unscaled{log2_e};
+  const float unit_scale = static_cast<float>(kLog2E), scale = unit_scale * a.inverse_temperature;
   const bool own_unit = a.ce_weight != 0 && a.inverse_temperature != 1;
-  ShiftedSum student = ShiftedSum::from(rows.first_logit(rows.student));
-  ShiftedSum teacher = ShiftedSum::from(rows.first_logit(rows.teacher));
-  ShiftedSum unit = student;
+  const float first_student = rows.first_logit(rows.student), first_teacher = rows.first_logit(rows.teacher);
+  ShiftedSum student = ShiftedSum::from(first_student, scale), unit = ShiftedSum::from(first_student, unit_scale);
+  ShiftedSum teacher = ShiftedSum::from(first_teacher, scale);
   rows.first_visit([&](const float (&student_logits)[N], const float (&teacher_logits)[N]) {
-    student.add(student_logits, scaled.scale);
-    teacher.add(teacher_logits, scaled.scale);
+    student.add(student_logits, scale);
+    teacher.add(teacher_logits, scale);
+    watch.add(teacher_logits);
   });
   if (own_unit) {  // rare, and a visit of its own costs the usual one nothing
     rows.visit(a.student_vocab, [&](Place place) {
       float student_logits[N], teacher_logits[N];
       rows.logits(place, student_logits, teacher_logits);
-      unit.add(student_logits, unscaled.scale);
+      unit.add(student_logits, unit_scale);
     });
   }
-  scratch.student.publish(scaled, student);
-  scratch.teacher.publish(scaled, teacher);
-  if (own_unit) scratch.unit.publish(unscaled, unit);
   rows.cluster.await_start();
-  __syncthreads();
-  if (threadIdx.x < kWarp) {
-    scratch.student.share(scaled, rows.cluster);
-    scratch.teacher.share(scaled, rows.cluster);
-    if (own_unit) scratch.unit.share(unscaled, rows.cluster);
-  }
-  rows.cluster.synchronize();
-  student = scratch.student.total(scaled, rows.cluster);
-  teacher = scratch.teacher.total(scaled, rows.cluster);
-  const Softmax q = Softmax::of(student, scaled.scale), p = Softmax::of(teacher, scaled.scale);
-  const bool legal = student.sum > 0 && teacher.sum > 0;
-  if (!own_unit) return {q, p, q, legal};
-  return {q, p, Softmax::of(scratch.unit.total(unscaled, rows.cluster), unscaled.scale), legal};
+  const RowSoftmaxes usual = softmaxes_of(student, teacher, unit, own_unit, scale, {0, 0}, scratch, rows.cluster);
+  return usual.legal ? usual : softmaxes_of_extreme_row(rows, scale, own_unit, scratch);
 }
 
-// Keeps G of the entries where there is room; the metrics come along.
+// Keeps what the gradient needs of the entries where there is room; the metrics come along.
 template <class Terms, class Student, class Teacher>
-__device__ Term<float> row_sums(const RowPair<Student, Teacher>& rows, const Terms& terms,
-                                const RowSoftmaxes& softmaxes, float* metrics_of_row, Scratch& scratch) {
+__device__ Term<float> row_sums(const RowPair<Student, Teacher>& rows, Terms& terms, const RowSoftmaxes& softmaxes,
+                                float* metrics_of_row, Scratch& scratch) {
   constexpr int N = RowPair<Student, Teacher>::N;
   Term<float> sum{0, 0};
   RowMetrics metrics = RowMetrics::of(softmaxes);
   rows.visit(max(rows.student.vocab, rows.teacher.vocab), [&](Place place) {
-    float student_logits[N], teacher_logits[N], g[N];
+    float student_logits[N], teacher_logits[N], kept[N];
     rows.logits(place, student_logits, teacher_logits);
-    if (metrics_of_row) metrics.add(rows.first_entry(place.position), student_logits, teacher_logits);
-    terms.chunk(student_logits, teacher_logits, sum.value, g);
-#pragma unroll
-    for (int i = 0; i < N; ++i) sum.g += g[i];
-    if (place.position < rows.kept) rows.keep(place, g);
+    const auto first = [&] { return rows.first_entry(place.position); };
+    if (metrics_of_row) metrics.add(first(), student_logits, teacher_logits);
+    terms.chunk(first, student_logits, teacher_logits, sum, kept);
+    if (place.position < rows.kept) rows.keep(place, kept);
   });
   scratch.value.publish({}, sum.value);
   scratch.g.publish({}, sum.g);
+  terms.publish();
   if (metrics_of_row) metrics.publish(scratch.metrics);
   __syncthreads();
   if (threadIdx.x < kWarp) {
     scratch.value.share({}, rows.cluster);
     scratch.g.share({}, rows.cluster);
+    terms.share(rows);
     if (metrics_of_row) RowMetrics::share(scratch.metrics, rows.cluster);
   }
   rows.cluster.synchronize();
@@ -100,30 +151,25 @@ __device__ Term<float> row_sums(const RowPair<Student, Teacher>& rows, const Ter
   return {scratch.value.total({}, rows.cluster), scratch.g.total({}, rows.cluster)};
 }
 
-// constant: G counts as 0, and may be infinite.
+// kept_positions: where row_sums has kept something for these terms.
 template <class Terms, class Student, class Teacher>
 __device__ void write_gradient(const RowPair<Student, Teacher>& rows, const Terms& terms,
-                               const GradientTerms& gradient_terms, bool constant, Student* gradient) {
+                               const GradientTerms& gradient_terms, int kept_positions, Student* gradient) {
   constexpr int N = RowPair<Student, Teacher>::N;
-  const int vocab = rows.student.vocab, kept = constant ? 0 : rows.kept;
+  const int vocab = rows.student.vocab;
   Student* const out_row = settled(gradient);
   rows.visit(vocab, [&](Place place) {
-    float student_logits[N], g[N], out[N];
-    if (place.position < kept) {
+    float student_logits[N], kept[N], out[N];
+    if (place.position < kept_positions) {
       rows.student_logits(place, student_logits);
-      rows.kept_values(place, g);
+      rows.kept_values(place, kept);
     } else {
-      float teacher_logits[N], value = 0;
+      float teacher_logits[N];
       rows.logits(place, student_logits, teacher_logits);
-      if (constant) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) g[i] = 0;
-      } else {
-        terms.chunk(student_logits, teacher_logits, value, g);
-      }
+      terms.again(student_logits, teacher_logits, kept);
     }
     const int first = rows.first_entry(place.position);
-    gradient_terms.chunk(first, student_logits, g, out);
+    gradient_terms.chunk(terms, first, student_logits, kept, out);
     rows.store(out_row, vocab, place.position, first, out);
   });
 }
@@ -165,17 +211,25 @@ struct RowOutput {
 // The second and third pass.
 template <class Terms, class Student, class Teacher, class Output>
 __device__ void finish_row(const RowPair<Student, Teacher>& rows, const DivergenceArguments& a, const RowInputs& in,
-                           const RowSoftmaxes& softmaxes, const Terms& terms, Scratch& scratch, const Output& output) {
+                           const RowSoftmaxes& softmaxes, Terms& terms, Scratch& scratch, const Output& output) {
   // After row_sums the gradient may overwrite the label's logit.
   const float label_logit = a.ce_weight != 0 ? rows.student.entry(static_cast<int>(in.label)) : 0.0f;
-  const Term<float> sum = row_sums(rows, terms, softmaxes, output.metrics, scratch);
+  terms.prepare(rows);
+  Term<float> sum;
+  do {
+    sum = row_sums(rows, terms, softmaxes, output.metrics, scratch);
+  } while (terms.revise(rows, sum));
   const float cross_entropy = -softmaxes.unit.log2_probability(label_logit) * static_cast<float>(kLn2);
   const RowLoss loss = RowLoss::of(a, in, sum.value, cross_entropy);
   if (loss.value != loss.value) return output.fill(loss.value);
   output.write_loss(loss.value);
   if (!output.gradient) return;
-  write_gradient(rows, terms, GradientTerms::of(a, in, softmaxes, sum.g, loss.constant), loss.constant,
-                 output.gradient);
+  const GradientTerms gradient_terms = GradientTerms::of(a, in, softmaxes, sum.g, loss.constant);
+  if (loss.constant) {
+    write_gradient(rows, ConstantTerms{softmaxes.q}, gradient_terms, 0, output.gradient);
+  } else {
+    write_gradient(rows, terms, gradient_terms, rows.kept, output.gradient);
+  }
   output.clear_beyond_vocab();
 }
 
@@ -199,18 +253,16 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) divergence_kernel(const D
 
   const RowInputs in = RowInputs::of(a, row);
   const bool skipped = in.skipped(a);
-  if (skipped || !in.legal(a) || !MemberOfRow<Member>::legal(in.parameters)) {
+  if (skipped || !in.legal(a) || !TermsOf<Member>::legal(in.parameters)) {
     return output.fill(skipped ? 0.0f : CUDART_NAN_F);
   }
   cluster.announce_start();
   const Rows rows(student, teacher, cluster, phase, slots, a.staged_turns, a.kept_turns);
-  const RowSoftmaxes softmaxes = row_softmaxes(rows, a, scratch);
+  typename TermsOf<Member>::Watch watch;
+  const RowSoftmaxes softmaxes = row_softmaxes(rows, a, watch, scratch);
   if (!softmaxes.legal) return output.fill(CUDART_NAN_F);
-  MemberOfRow<Member>::finish(
-      rows, softmaxes, in.parameters, scratch.member, [&](auto functor, auto teacher_logits, const Softmax& p) {
-        const EntryTerms<decltype(functor), decltype(teacher_logits)> terms{softmaxes.q, p, functor, teacher_logits};
-        finish_row(rows, a, in, softmaxes, terms, scratch, output);
-      });
+  TermsOf<Member> terms(softmaxes, in.parameters, watch, scratch.member);
+  finish_row(rows, a, in, softmaxes, terms, scratch, output);
 }
 
 }  // namespace distillm

@@ -36,13 +36,17 @@ struct DivergenceArguments {
 struct Softmax {
   float reference, scale, rest;
 
-  __device__ static Softmax of(ShiftedSum s, float scale) {
+  // s: of the logits less `origin`.
+  __device__ static Softmax of(ShiftedSum s, float scale, float origin = 0) {
     const uint32_t bits = __float_as_uint(s.sum);
     const float exponent = static_cast<float>(static_cast<int>(bits >> 23) - 127);
     const float log2_mantissa = log2f(__uint_as_float((bits & 0x007fffffu) | 0x3f800000u));
-    const float shift = fminf(divide_fast(exponent + log2_mantissa, scale), FLT_MAX / 4);  // scale is 0 for T = inf
-    const float reference = s.reference + shift;
-    return {reference, scale, fmaf(s.reference - reference, scale, exponent) + log2_mantissa};
+    // shift + exponent as a float and what it lacks
+    const float high = s.shift + exponent, part = high - s.shift;
+    const float low = (s.shift - (high - part)) + (exponent - part);
+    const float shift = fminf(divide_fast(high + log2_mantissa, scale), FLT_MAX / 4);  // scale is 0 for T = inf
+    const float reference = origin + shift;
+    return {reference, scale, fmaf(origin - reference, scale, high) + (low + log2_mantissa)};
   }
   __device__ float log2_probability(float z) const { return fmaf(z - reference, scale, -rest); }
 };
@@ -72,80 +76,6 @@ struct RowInputs {
 struct RowSoftmaxes {
   Softmax q, p, unit;
   bool legal;  // false for a side that is all -inf or holds a NaN or +inf
-};
-
-// Divisors below this count as this, which changes no term by more than that: the product of two of them and its
-// reciprocal are then normal numbers.
-constexpr float kSmallestDivisor = 2.168404344971009e-19f;  // 2^-62
-
-// Calls use(functor) with the functor that a row's parameters choose, if the member leaves that open: a choice that is
-// the same for a whole row is made once per chunk.
-template <class Functor>
-struct FunctorChoice {
-  template <class Use>
-  __device__ static void make(const Functor& functor, Use use) {
-    use(functor);
-  }
-};
-
-template <class Functor, class AtZero>
-struct FunctorChoice<OrAtZero<Functor, AtZero, float>> {
-  template <class Use>
-  __device__ static void make(const OrAtZero<Functor, AtZero, float>& either, Use use) {
-    if (either.alpha == 0) {
-      use(either.at_zero);
-    } else {
-      use(either.functor);
-    }
-  }
-};
-
-// Two entries share a reciprocal: 1/x = y * 1/(xy), 1/y = x * 1/(xy). The special-function units, which make
-// exponentials, logarithms and reciprocals, are a quarter as wide as would balance the arithmetic around them.
-template <class Functor>
-__device__ __forceinline__ void pair_of_terms(const Functor& functor, const Entry<float>& x, const Entry<float>& y,
-                                              Term<float>& x_term, Term<float>& y_term) {
-  if constexpr (Functor::kDivides) {
-    const float x_divisor = functor.divisor(x), y_divisor = functor.divisor(y);
-    const float x_normal = at_least(x_divisor, kSmallestDivisor), y_normal = at_least(y_divisor, kSmallestDivisor);
-    const float inverse = reciprocal_fast(x_normal * y_normal);
-    x_term = functor.term(x, x_divisor, inverse * y_normal);
-    y_term = functor.term(y, y_divisor, inverse * x_normal);
-  } else {
-    x_term = functor(x);
-    y_term = functor(y);
-  }
-}
-
-// The logits of entries -> their Entry -> the divergence's Term. TeacherLogits: of divergence_members.cuh.
-template <class Functor, class TeacherLogits>
-struct EntryTerms {
-  Softmax q, p;  // p: of the teacher's logits as TeacherLogits has them
-  Functor functor;
-  TeacherLogits teacher;
-
-  __device__ Entry<float> entry(float student_logit, float teacher_logit) const {
-    const float log2_q = q.log2_probability(student_logit), log2_p = p.log2_probability(teacher_logit);
-    return {log2_p, log2_q, exp2_fast(log2_p), exp2_fast(log2_q)};
-  }
-
-  // Adds the values of a chunk's terms to `value`; G of every entry. Spends the teacher's logits.
-  template <int N>
-  __device__ void chunk(const float (&student_logits)[N], float (&teacher_logits)[N], float& value,
-                        float (&g)[N]) const {
-    teacher.replace(student_logits, teacher_logits);
-    FunctorChoice<Functor>::make(functor, [&](const auto& chosen) {
-#pragma unroll
-      for (int i = 0; i < N; i += 2) {
-        Term<float> x, y;
-        pair_of_terms(chosen, entry(student_logits[i], teacher_logits[i]),
-                      entry(student_logits[i + 1], teacher_logits[i + 1]), x, y);
-        value += x.value;
-        value += y.value;
-        g[i] = x.g, g[i + 1] = y.g;
-      }
-    });
-  }
 };
 
 struct RowLoss {
@@ -179,13 +109,11 @@ struct GradientTerms {
     return {softmaxes.q, softmaxes.unit, g_scale, q_scale, own_unit ? label_scale : 0.0f, label_scale, label};
   }
 
-  // Conditions of the row are tested per chunk, not per entry.
-  template <int N>
-  __device__ void chunk(int first, const float (&student_logits)[N], const float (&g)[N], float (&out)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      out[i] = fmaf(g_scale, g[i], q_scale * exp2_fast(q.log2_probability(student_logits[i])));
-    }
+  // Conditions of the row are tested per chunk, not per entry. kept: of Terms (divergence_terms.cuh).
+  template <class Terms, int N>
+  __device__ void chunk(const Terms& terms, int first, const float (&student_logits)[N], const float (&kept)[N],
+                        float (&out)[N]) const {
+    terms.gradient(student_logits, kept, g_scale, q_scale, out);
     if (unit_scale != 0) {
 #pragma unroll
       for (int i = 0; i < N; ++i) out[i] += unit_scale * exp2_fast(unit.log2_probability(student_logits[i]));

@@ -22,6 +22,7 @@ class DeviceScope {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
+  int index() const { return index_; }
   int attribute(cudaDeviceAttr attribute) const {
     int value = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, index_));
