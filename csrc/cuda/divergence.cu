@@ -2,9 +2,9 @@
 // row.
 #include <algorithm>
 
+#include "cluster_launch.h"
 #include "divergence_kernels.cuh"
 #include "divergence_plan.h"
-#include "launch.h"
 
 namespace distillm {
 namespace {
@@ -14,20 +14,10 @@ DivergenceShape shape_of(const DivergenceKernel& kernel, const DivergenceCall& c
           call.gradient != nullptr, kernel.static_bytes};
 }
 
-// Clusters need a device that has them and code compiled for one: PTX of an older architecture knows of none. 12.0
-// and later are launched without: there a cluster is one block.
-int64_t most_blocks_of_cluster(const DivergenceKernel& kernel, const DeviceScope& device) {
-  cudaFuncAttributes attributes;
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
-  const int major = device.attribute(cudaDevAttrComputeCapabilityMajor);
-  const bool has_clusters = major >= 9 && major < 12 && device.attribute(cudaDevAttrClusterLaunch);
-  return has_clusters && attributes.ptxVersion >= 90 ? kMaxCluster : 1;
-}
-
 DeviceLimits limits_of(const DivergenceKernel& kernel, const DeviceScope& device) {
   return {device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock), most_blocks_of_cluster(kernel, device)};
+          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock), most_blocks_of_cluster(kernel.function, device)};
 }
 
 DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePlan& plan) {
@@ -58,35 +48,6 @@ DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePla
           options.detach_mixture};
 }
 
-// The launch configuration of a plan. The attribute lives here since the configuration points to it.
-class Launch {
- public:
-  Launch(const DivergencePlan& plan, int64_t rows, int64_t dynamic_bytes, cudaStream_t stream) {
-    cluster_.id = cudaLaunchAttributeClusterDimension;
-    cluster_.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-    config_.gridDim = dim3(static_cast<unsigned>(rows * plan.cluster));
-    config_.blockDim = dim3(static_cast<unsigned>(plan.threads));
-    config_.dynamicSmemBytes = static_cast<size_t>(dynamic_bytes);
-    config_.stream = stream;
-    config_.attrs = &cluster_;
-    config_.numAttrs = plan.cluster > 1 ? 1 : 0;
-  }
-  Launch(const Launch&) = delete;
-  Launch& operator=(const Launch&) = delete;
-  const cudaLaunchConfig_t* config() const { return &config_; }
-
- private:
-  cudaLaunchAttribute cluster_ = {};
-  cudaLaunchConfig_t config_ = {};
-};
-
-// Whether the device can hold a cluster of this plan at all: a part of it (MIG) may have too few multiprocessors.
-bool fits(const DivergenceKernel& kernel, const Launch& launch) {
-  int clusters = 0;
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel.function, launch.config()));
-  return clusters > 0;
-}
-
 void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const DeviceScope& device) {
   const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
   const DivergenceShape shape = shape_of(kernel, call, vocab);
@@ -96,8 +57,8 @@ void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const De
     check_grid(call.rows * plan.cluster, vocab);
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));
-    const Launch launch(plan, call.rows, shared_bytes, device.stream());
-    if (plan.cluster > 1 && !fits(kernel, launch)) continue;
+    const ClusterLaunch launch(plan.cluster, call.rows, plan.threads, shared_bytes, device.stream());
+    if (!launch.fits(kernel.function)) continue;
     STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments_of(call, plan)));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return;

@@ -30,11 +30,6 @@ struct Binning {
   }
 };
 
-// Keys above `high` are kept for sure, keys below `low` are not.
-struct Bracket {
-  uint32_t low, high;
-};
-
 // The counts of pass 1 read as masses, in units of 2^-40 of the maximum's.
 struct BinMasses {
   const uint32_t* count;
@@ -80,24 +75,12 @@ __device__ __forceinline__ Bracket bracket_of_mass(SearchScratch& scratch, const
   return bracket_of(binning, low, high);
 }
 
-// The measures of what lies above the bracket, and of all.
-struct BracketSums {
-  unsigned long long above, total;
-};
-
-// Sum over the block; all threads get it. The array serves one sum between two barriers.
-__device__ __forceinline__ unsigned long long collect_sum(const unsigned long long (&partial)[kMaxWarps]) {
-  const int lane = threadIdx.x % kWarp;
-  return warp_total(lane < blockDim.x / kWarp ? partial[lane] : 0);
-}
-
-// Pass 2: the bracket into the list, the masses above it into the sums of tiles.
+// Pass 2: the bracket into the list, the masses above it into the sums of tiles. The measures of what lies above the
+// bracket, and of all, into the scratch, where they begin at 0.
 template <class T>
-__device__ BracketSums bracket_pass(const SampleRow<T>& row, SearchScratch& scratch, Tempering tempering, float min_p,
-                                    bool by_mass, Bracket bracket) {
+__device__ void bracket_pass(const SampleRow<T>& row, SearchScratch& lead, Tempering tempering, float min_p,
+                             bool by_mass, Bracket bracket) {
   constexpr int N = SampleRow<T>::N;
-  if (threadIdx.x == 0) scratch.listed = 0;
-  __syncthreads();
   unsigned long long sum = 0, above = 0, total = 0;
   const auto visit = [&](int first, float (&z)[N]) {
 #pragma unroll
@@ -111,45 +94,36 @@ __device__ BracketSums bracket_pass(const SampleRow<T>& row, SearchScratch& scra
         above += part;
         sum += weight >= min_p ? mass : 0;
       } else if (key >= bracket.low) {
-        append(scratch, key, first + i, weight);
+        append(lead, key, first + i, weight);
       }
     }
   };
   row.visit(visit, [&](int tile) {
     sum = warp_total(sum);
-    if (threadIdx.x % kWarp == 0) scratch.sums[tile] = sum;
+    if (threadIdx.x % kWarp == 0) lead.sums[tile] = sum;
     sum = 0;
   });
   above = warp_total(above);
   total = warp_total(total);
-  if (threadIdx.x % kWarp == 0) scratch.segment[threadIdx.x / kWarp] = above;
-  if (threadIdx.x % kWarp == 0) scratch.warp_sum[threadIdx.x / kWarp] = total;
-  if (threadIdx.x == 0) scratch.answer = -1;
-  __syncthreads();
-  return {collect_sum(scratch.segment), collect_sum(scratch.warp_sum)};
+  if (threadIdx.x % kWarp == 0) atomicAdd(&lead.above, above);
+  if (threadIdx.x % kWarp == 0) atomicAdd(&lead.total, total);
+  row.cluster.synchronize();
 }
 
-// Filters by top-p, or by top-k, and leaves the masses of tiles, after min-p, in the sums. False where the bracket does
-// not hold the threshold.
+// The leader's share after pass 2: the threshold in the list, and the masses of tiles, after min-p. False where the
+// bracket does not hold the threshold.
 template <class T>
-__device__ bool bracket_threshold(const SampleRow<T>& row, const SamplingRule& rule, bool by_mass, Tempering tempering,
-                                  Bracket bracket, SearchScratch& scratch, Kept& kept) {
-  const BracketSums sums = bracket_pass(row, scratch, tempering, rule.min_p, by_mass, bracket);
+__device__ bool resolve_bracket(const SampleRow<T>& row, const Goal& goal, float min_p, SearchScratch& scratch) {
   if (scratch.listed > kListed) return false;
-  const unsigned long long count = static_cast<unsigned long long>(rule.top_k);
-  const unsigned long long target = by_mass              ? nucleus_mass(rule.top_p, sums.total)
-                                    : count < sums.total ? count
-                                                         : sums.total;
-  const Kept found = complete_in_list(scratch, by_mass, sums.above, target);
+  const Kept found = complete_in_list(scratch, goal.by_mass, scratch.above, goal.target(scratch.total));
   const bool holds = scratch.answer >= 0;
   for (int i = threadIdx.x; holds && i < scratch.listed; i += blockDim.x) {
-    const bool heavy = static_cast<float>(scratch.mass[i]) * static_cast<float>(1 / kMassUnits) >= rule.min_p;
+    const bool heavy = static_cast<float>(scratch.mass[i]) * static_cast<float>(1 / kMassUnits) >= min_p;
     if (heavy && found(scratch.key[i], scratch.id[i])) {
       atomicAdd(scratch.sums + row.tile_of(scratch.id[i]), scratch.mass[i]);
     }
   }
-  __syncthreads();
-  if (holds) kept = found;
+  if (threadIdx.x == 0) scratch.kept = found;
   return holds;
 }
 

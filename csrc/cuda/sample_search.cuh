@@ -1,5 +1,7 @@
 // Integer searches of `sample_tokens` over shared memory: a digit of a histogram, a position in the tiles of a row, a
 // threshold among listed candidates. Sums of integers only: the result does not depend on the order of threads.
+//
+// All blocks of a row's cluster add to the memory of the first one, the leader, which alone searches there.
 #pragma once
 
 #include <cstddef>
@@ -14,6 +16,19 @@ constexpr int kListed = 1024;  // candidates that are ranked by comparing each w
 constexpr int kSegments = kWarp;
 constexpr int kMostTiles = 2064;  // of the longest row: 2^20 entries, 4 per chunk, 128 chunks per tile
 
+// What a filter keeps: keys above, and ids up to last_id at the key itself.
+struct Kept {
+  uint32_t key;
+  int32_t last_id;
+
+  __device__ bool operator()(uint32_t k, int id) const { return k > key || (k == key && id <= last_id); }
+};
+
+// Keys above `high` are kept for sure, keys below `low` are not.
+struct Bracket {
+  uint32_t low, high;
+};
+
 // What the searches share. `sums` holds a histogram, the masses of the tiles, or the masses of kept candidates. The
 // bins of pass 1 lie over it and the list, which come later.
 struct SearchScratch {
@@ -22,15 +37,25 @@ struct SearchScratch {
   uint32_t key[kListed];
   int32_t id[kListed];
   unsigned long long segment[kSegments];
-  unsigned long long warp_sum[kMaxWarps];
+  unsigned long long above, total, part;
   int32_t listed;  // how many candidates there were, listed or not
   int32_t answer;
-  unsigned long long total, part;
+  // What the leader found out, for all blocks.
+  int32_t digit;
+  bool resolved;
+  Bracket bracket;
+  Kept kept;
 
   __device__ uint32_t* bins() { return reinterpret_cast<uint32_t*>(sums); }
   __device__ const uint32_t* bins() const { return reinterpret_cast<const uint32_t*>(sums); }
 };
 static_assert(offsetof(SearchScratch, segment) >= kBins * sizeof(uint32_t), "the bins fit");
+
+// A block's own scratch, and the leader's: the same in the leader, which knows its own to be near.
+struct ClusterScratch {
+  SearchScratch& own;
+  SearchScratch& lead;
+};
 
 // The first lane at which the running sum of a warp, on top of `before`, exceeds `point`; -1 where none does. `before`
 // becomes the sum up to that lane, or of all.

@@ -2,7 +2,7 @@
 //
 //   logits [R, V], float, bfloat16 or float16, any row stride -> token [R], its two log-probabilities, valid [R]
 //
-// One block per row; lanes visit chunks of 16 bytes (sample_row.cuh). Pass 1: maximum, softmax statistics at T = 1 and,
+// One cluster of blocks per row, mostly of one block; lanes visit chunks of 16 bytes (sample_row.cuh). Pass 1: maximum, softmax statistics at T = 1 and,
 // where a filter needs a bound, counts of logits in bins (sample_bracket.cuh). Pass 2:
 //   no filter, min-p    masses of tiles of entries, one tile once more;
 //   top-k up to 1024    lists the entries that reach the k-th largest chunk maximum; the list is all that is looked at;
@@ -10,7 +10,8 @@
 // A list (up to 1024) that is too short for its entries, which takes many equal or nearly equal logits, and top-k above
 // 1024 together with top-p: the threshold by radix search (sample_filter.cuh), 2 to 4 passes per filter.
 // Neither weights nor a sorted row nor a mask is ever written. Each logit is read from memory once where the row fits
-// in shared memory; of longer rows the first part is kept there and the rest is read once per pass.
+// in the shared memory of a block or, from compute capability 9.0 on, of a cluster (fp32: V <= 380,000 at 227 KB); of
+// longer rows the first part is kept there and the rest is read once per pass.
 //
 // Masses are 64-bit integers (math/token_mass.h): the token is the CPU kernel's, bit for bit.
 #pragma once
@@ -22,8 +23,14 @@ namespace distillm {
 constexpr int kSampleThreads = 768;  // which leaves 80 registers to each
 
 struct SampleScratch {
+  // Of the whole row; here and not in registers, which are few.
+  SamplingRule rule;
+  ExpSum row_raw;
+
   PartialExpSums raw;
   PartialSums maximum, first_maximum;
+  ExpSum raw_of_block[kMaxCluster];
+  float maximum_of_block[kMaxCluster], first_of_block[kMaxCluster];
   SearchScratch search;
 };
 
@@ -43,11 +50,42 @@ __device__ __forceinline__ Counted counted_by(const SamplingRule& rule, bool lim
   return rule.top_k <= kListed ? Counted::kChunkMaxima : Counted::kNothing;
 }
 
+// The largest of what the blocks of a cluster have; `of_block` serves one such maximum.
+__device__ __forceinline__ float cluster_max(float x, float (&of_block)[kMaxCluster], const Cluster& cluster) {
+  if (cluster.size == 1) return x;
+  const int thread = threadIdx.x;
+  if (thread < cluster.size) cluster.in_block(of_block, thread)[cluster.rank] = x;
+  cluster.synchronize();
+  for (int block = 0; block < cluster.size; ++block) x = fmaxf(x, of_block[block]);
+  return x;
+}
+
 // Clears the bins; the reference of the bins is the maximum of the first tiles.
 template <class T>
 __device__ Binning binning_of(const SampleRow<T>& row, float scale, SampleScratch& scratch) {
   for (int i = threadIdx.x; i < kBins; i += blockDim.x) scratch.search.bins()[i] = 0;
-  return {fmaxf(block_max(row.largest_of_first(), scratch.first_maximum), -CUDART_MAX_NORMAL_F), scale};
+  const float largest = block_max(row.largest_of_first(), scratch.first_maximum);
+  return {fmaxf(cluster_max(largest, scratch.first_of_block, row.cluster), -CUDART_MAX_NORMAL_F), scale};
+}
+
+// The statistics of the row out of those of its blocks, and their counts into the leader's bins.
+__device__ __forceinline__ RowStatistics combine_blocks(RowStatistics own, bool counted, const Cluster& cluster,
+                                                        SampleScratch& scratch) {
+  if (cluster.size == 1) return own;
+  if (counted && cluster.rank > 0) {
+    uint32_t* const bins = cluster.in_block(scratch.search.bins(), 0);
+    for (int i = threadIdx.x; i < kBins; i += blockDim.x) {
+      if (const uint32_t count = scratch.search.bins()[i]) atomicAdd(bins + i, count);
+    }
+  }
+  const int thread = threadIdx.x;
+  if (thread < cluster.size) cluster.in_block(scratch.raw_of_block, thread)[cluster.rank] = own.raw;
+  const float maximum = cluster_max(own.maximum, scratch.maximum_of_block, cluster);
+  ExpSum raw = scratch.raw_of_block[0];
+  for (int block = 1; block < cluster.size; ++block) {
+    raw = raw.with(scratch.raw_of_block[block], static_cast<float>(kLog2E));
+  }
+  return {raw, maximum};
 }
 
 // Pass 1.
@@ -77,7 +115,8 @@ __device__ RowStatistics row_statistics(const SampleRow<T>& row, Counted counted
   row.visit_raw(counted != Counted::kNothing, visit);
   publish(raw, scale, scratch.raw);
   maximum = block_max(maximum, scratch.maximum);
-  return {collect(scratch.raw, scale), maximum};
+  const RowStatistics own{collect(scratch.raw, scale), maximum};
+  return combine_blocks(own, counted != Counted::kNothing, row.cluster, scratch);
 }
 
 __device__ __forceinline__ unsigned long long list_total(const unsigned long long* mass, int count) {
@@ -118,59 +157,95 @@ __device__ __forceinline__ void draw_from_list(const SamplingRule& rule, SearchS
 // Filters by radix search over the row.
 template <class T>
 __device__ Kept search_threshold(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count,
-                                 Tempering tempering, SearchScratch& scratch) {
+                                 Tempering tempering, ClusterScratch scratch) {
   Kept kept{0u, INT32_MAX};
 #pragma unroll 1
   for (int filter = 0; filter < 2; ++filter) {
     if (filter == 0 ? limits_count : rule.top_p < 1) {
-      kept = row_threshold(row, scratch, tempering, kept, filter == 1, rule.top_k, rule.top_p);
+      kept = row_threshold(row, scratch, tempering, kept, {filter == 1, rule.top_k, rule.top_p});
     }
   }
   return kept;
 }
 
+// The leader's share between pass 1 and pass 2: where the threshold lies, as the counts tell.
+__device__ __forceinline__ void open_bracket(const SamplingRule& rule, Counted counted, bool limits_count,
+                                             const Binning& binning, float maximum, SearchScratch& scratch) {
+  Bracket bracket;
+  if (limits_count) {
+    const int bin = bin_of_count(scratch, rule.top_k);
+    bracket = bracket_of(binning, counted == Counted::kEntries ? max(bin, 0) : bin, max(bin, 0));
+  } else {
+    bracket = bracket_of_mass(scratch, binning, maximum, rule.top_p);
+  }
+  __syncthreads();  // the list lies over the bins
+  if (threadIdx.x > 0) return;
+  scratch.bracket = bracket;
+  scratch.listed = 0;
+  scratch.answer = -1;
+  scratch.above = scratch.total = 0;
+}
+
+// Pass 2 over the listed entries alone. False where they are too many.
+template <class T>
+__device__ bool draw_among_listed(const SampleRow<T>& row, const SamplingRule& rule, Tempering tempering,
+                                  ClusterScratch scratch) {
+  list_candidates(row, tempering, scratch.lead, {{scratch.lead.bracket.low, INT32_MAX}, 0u, 0u});
+  const bool all = scratch.lead.listed <= kListed;
+  if (all && row.cluster.rank == 0) draw_from_list(rule, scratch.own);
+  return all;
+}
+
+// Pass 2 with a bracket. False where it misses.
+template <class T>
+__device__ bool filter_by_bracket(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count,
+                                  Tempering tempering, ClusterScratch scratch) {
+  const Goal goal{!limits_count, rule.top_k, rule.top_p};
+  bracket_pass(row, scratch.lead, tempering, rule.min_p, goal.by_mass, scratch.lead.bracket);
+  if (row.cluster.rank == 0) {
+    const bool resolved = resolve_bracket(row, goal, rule.min_p, scratch.own);
+    if (threadIdx.x == 0) scratch.own.resolved = resolved;
+  }
+  row.cluster.synchronize();
+  return scratch.lead.resolved;
+}
+
 // Pass 2 and what may follow it. `binning` is used where pass 1 counted.
 template <class T>
 __device__ void filter_and_draw(const SampleRow<T>& row, const SamplingRule& rule, Counted counted,
-                                const Binning& binning, Tempering tempering, SearchScratch& scratch) {
-  const bool limits_count = rule.limits_count(row.vocab);
-  if (counted == Counted::kChunkMaxima) {
-    const int bin = bin_of_count(scratch, rule.top_k);
-    const uint32_t lowest = binning.key(static_cast<float>(bin) - 0.25f);
-    list_candidates(row, tempering, scratch, {{lowest, INT32_MAX}, 0u, 0u});
-    if (scratch.listed <= kListed) return draw_from_list(rule, scratch);
+                                const Binning& binning, Tempering tempering, ClusterScratch scratch) {
+  const bool limits_count = rule.limits_count(row.vocab), leads = row.cluster.rank == 0;
+  if (counted != Counted::kNothing) {
+    if (leads) open_bracket(rule, counted, limits_count, binning, tempering.maximum, scratch.own);
+    row.cluster.synchronize();
   }
+  if (counted == Counted::kChunkMaxima && draw_among_listed(row, rule, tempering, scratch)) return;
   Measure measure{tempering, true, {{0u, INT32_MAX}, 0u, 0u}, rule.min_p};
-  bool summed = false;
-  if (counted == Counted::kEntries) {
-    const int bin = limits_count ? max(bin_of_count(scratch, rule.top_k), 0) : 0;
-    const Bracket bracket =
-        limits_count ? bracket_of(binning, bin, bin) : bracket_of_mass(scratch, binning, tempering.maximum, rule.top_p);
-    summed = bracket_threshold(row, rule, !limits_count, tempering, bracket, scratch, measure.inside.within);
-  }
-  if (!summed) {
+  if (counted == Counted::kEntries && filter_by_bracket(row, rule, limits_count, tempering, scratch)) {
+    measure.inside.within = scratch.lead.kept;
+  } else {
     measure.inside.within = search_threshold(row, rule, limits_count, tempering, scratch);
-    sum_tiles(row, scratch, measure);
+    sum_tiles(row, scratch.lead, measure);
   }
-  locate(row, scratch, measure, true, rule.bits);
+  if (leads) locate(row, scratch.own, measure, true, rule.bits);
 }
 
 template <class T>
-__device__ void take_maximum(const SampleRow<T>& row, float maximum, SearchScratch& scratch) {
+__device__ void take_maximum(const SampleRow<T>& row, float maximum, ClusterScratch scratch) {
   constexpr int N = SampleRow<T>::N;
-  if (threadIdx.x == 0) {
-    scratch.answer = INT32_MAX;
-    scratch.part = scratch.total = 1;
+  if (row.cluster.thread() == 0) {
+    scratch.own.answer = INT32_MAX;
+    scratch.own.part = scratch.own.total = 1;
   }
-  __syncthreads();
+  row.cluster.synchronize();
   const auto visit = [&](int first, float (&z)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (z[i] == maximum) atomicMin(&scratch.answer, first + i);
+      if (z[i] == maximum) atomicMin(&scratch.lead.answer, first + i);
     }
   };
   row.visit(visit, [](int) {});
-  __syncthreads();
+  row.cluster.synchronize();
 }
 
 template <class T>
@@ -190,36 +265,44 @@ __device__ __forceinline__ void write_no_token(const SampleCall& call, int64_t i
   call.valid[index] = false;
 }
 
-// Blocks of whole warps; dynamic shared memory: the bitmaps where there are lists, then 16 bytes per staged chunk;
-// grid.x = rows.
+// Blocks of whole warps, in clusters; grid.x = rows * blocks of a cluster; dynamic shared memory: the bitmaps where
+// there are lists, then 16 bytes per staged chunk.
 template <class T>
 __global__ void __launch_bounds__(kSampleThreads, 1) sample_tokens_kernel(const SampleArguments a) {
   __shared__ SampleScratch scratch;
   extern __shared__ uint4 dynamic_shared[];
-  const int64_t index = blockIdx.x;
-  const SamplingRule rule = rule_of(a.call, index);
-  const SampleRow<T> row(a, index, rule.penalty, dynamic_shared);
-  const bool legal = rule.legal(), limits_count = rule.limits_count(row.vocab);
-  if (!legal) {
-    if (threadIdx.x == 0) write_no_token(a.call, index);
+  const Cluster cluster = Cluster::current();
+  const int64_t index = blockIdx.x / cluster.size;
+  if (threadIdx.x == 0) scratch.rule = rule_of(a.call, index);
+  __syncthreads();
+  const SamplingRule& rule = scratch.rule;
+  const bool writes = cluster.thread() == 0;
+  if (!rule.legal()) {
+    if (writes) write_no_token(a.call, index);
     return;
   }
+  cluster.announce_start();
+  const SampleRow<T> row(a, index, rule.penalty, cluster, dynamic_shared);
   row.read_lists(a.call, index);
   const float scale = tempering_scale(rule.temperature);
-  const Counted counted = counted_by(rule, limits_count);
+  const Counted counted = counted_by(rule, rule.limits_count(row.vocab));
+  cluster.await_start();
   Binning binning{0.0f, scale};
   if (counted != Counted::kNothing) binning = binning_of(row, scale, scratch);
   const RowStatistics statistics = row_statistics(row, counted, binning, scratch);
   if (!(statistics.raw.sum > 0) || !(statistics.maximum > -CUDART_INF_F)) {
-    if (threadIdx.x == 0) write_no_token(a.call, index);
+    if (writes) write_no_token(a.call, index);
     return;
   }
+  if (threadIdx.x == 0) scratch.row_raw = statistics.raw;
+  const ClusterScratch search{scratch.search, *cluster.in_block(&scratch.search, 0)};
   if (rule.greedy()) {
-    take_maximum(row, statistics.maximum, scratch.search);
+    take_maximum(row, statistics.maximum, search);
   } else {
-    filter_and_draw(row, rule, counted, binning, {statistics.maximum, scale}, scratch.search);
+    filter_and_draw(row, rule, counted, binning, {statistics.maximum, scale}, search);
   }
-  if (threadIdx.x == 0) write_token(a.call, index, row, statistics.raw, scratch.search);
+  if (writes) write_token(a.call, index, row, scratch.row_raw, scratch.search);
+  if (cluster.size > 1) cluster.synchronize();  // until then the leader reads what other blocks stage
 }
 
 }  // namespace distillm
