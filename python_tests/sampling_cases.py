@@ -14,6 +14,7 @@ RULES = [
     {}, {"temperature": 0.8}, {"temperature": 0.0}, {"top_k": 1}, {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
     {"top_p": 0.9}, {"top_p": 1e-6}, {"min_p": 0.1}, {"top_k": 20, "min_p": 0.05}, {"top_p": 0.95, "min_p": 0.02},
     {"top_k": 10**6, "temperature": 2.0}, {"top_k": 700}, {"top_k": 600, "min_p": 0.01}, {"top_p": 0.999},
+    {"top_k": 900, "top_p": 0.6}, {"top_k": 1500, "top_p": 0.8, "min_p": 0.01},
 ]  # fmt: skip
 ENDS = np.array([0, -1, 2**63 - 1, -(2**63)])
 

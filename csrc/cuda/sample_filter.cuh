@@ -134,12 +134,13 @@ __device__ void digit_histogram(const SampleRow<T>& row, ClusterScratch scratch,
   row.cluster.synchronize();
 }
 
-// Of the listed candidates the one that completes the target, on top of `above`; by mass or by count. Where none does,
-// scratch.answer stays what it was.
+// Of the listed candidates in a bracket the one that completes the target, on top of `above`; by mass or by count. Where
+// none does, scratch.answer stays what it was.
 __device__ __forceinline__ Kept complete_in_list(SearchScratch& scratch, bool by_mass, unsigned long long above,
-                                                 unsigned long long target) {
+                                                 unsigned long long target, Bracket within = kAllKeys) {
   for (int i = threadIdx.x; i < scratch.listed; i += blockDim.x) {
-    const Preceding p = preceding(scratch, scratch.mass, i);
+    if (!within.holds(scratch.key[i])) continue;
+    const Preceding p = preceding(scratch, scratch.mass, i, within);
     const unsigned long long before = above + (by_mass ? p.mass : p.count), own = by_mass ? scratch.mass[i] : 1;
     if (before < target && target <= before + own) scratch.answer = i;
   }

@@ -24,9 +24,11 @@ struct Kept {
   __device__ bool operator()(uint32_t k, int id) const { return k > key || (k == key && id <= last_id); }
 };
 
-// Keys above `high` are kept for sure, keys below `low` are not.
+// Keys above `high` are kept for sure, keys below `low` are not. {0, 0} is the bracket of no filter: it holds no entry.
 struct Bracket {
   uint32_t low, high;
+
+  __device__ bool holds(uint32_t key) const { return low <= key && key <= high; }
 };
 
 // What the searches share. `sums` holds a histogram, the masses of the tiles, or the masses of kept candidates. The
@@ -37,13 +39,14 @@ struct SearchScratch {
   uint32_t key[kListed];
   int32_t id[kListed];
   unsigned long long segment[kSegments];
-  unsigned long long above, total, part;
+  unsigned long long above, within, total, part;  // above, within: of pass 2 (sample_bracket.cuh)
+  int32_t count;                                  // likewise
   int32_t listed;  // how many candidates there were, listed or not
   int32_t answer;
   // What the leader found out, for all blocks.
   int32_t digit;
   bool resolved;
-  Bracket bracket;
+  Bracket by_count, by_mass;
   Kept kept;
 
   __device__ uint32_t* bins() { return reinterpret_cast<uint32_t*>(sums); }
@@ -114,18 +117,23 @@ __device__ __forceinline__ void append(SearchScratch& scratch, uint32_t key, int
   scratch.mass[at] = mass_of(weight);
 }
 
-// Of the listed candidates before i in the order of selection: larger logits first, lower ids among equal ones.
+// Of the listed candidates in a bracket those before i in the order of selection: larger logits first, lower ids among
+// equal ones.
 struct Preceding {
   int count;
   unsigned long long mass;
 };
 
-__device__ __forceinline__ Preceding preceding(const SearchScratch& scratch, const unsigned long long* mass, int i) {
+constexpr Bracket kAllKeys{0u, ~0u};
+
+__device__ __forceinline__ Preceding preceding(const SearchScratch& scratch, const unsigned long long* mass, int i,
+                                               Bracket within = kAllKeys) {
   Preceding sum{0, 0};
   const uint32_t key = scratch.key[i];
   const int id = scratch.id[i];
   for (int j = 0; j < scratch.listed; ++j) {
-    const bool before = scratch.key[j] > key || (scratch.key[j] == key && scratch.id[j] < id);
+    const bool larger = scratch.key[j] > key && scratch.key[j] <= within.high;
+    const bool before = larger || (scratch.key[j] == key && scratch.id[j] < id);
     sum.count += before;
     sum.mass += before ? mass[j] : 0;
   }

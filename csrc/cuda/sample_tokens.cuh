@@ -46,8 +46,7 @@ enum class Counted { kNothing, kChunkMaxima, kEntries };
 __device__ __forceinline__ Counted counted_by(const SamplingRule& rule, bool limits_count) {
   if (rule.greedy()) return Counted::kNothing;
   if (!limits_count) return rule.top_p < 1 ? Counted::kEntries : Counted::kNothing;
-  if (rule.top_k > kListed / 2 && rule.top_p == 1) return Counted::kEntries;
-  return rule.top_k <= kListed ? Counted::kChunkMaxima : Counted::kNothing;
+  return rule.top_k > kListed / 2 ? Counted::kEntries : Counted::kChunkMaxima;
 }
 
 // The largest of what the blocks of a cluster have; `of_block` serves one such maximum.
@@ -168,42 +167,54 @@ __device__ Kept search_threshold(const SampleRow<T>& row, const SamplingRule& ru
   return kept;
 }
 
-// The leader's share between pass 1 and pass 2: where the threshold lies, as the counts tell.
-__device__ __forceinline__ void open_bracket(const SamplingRule& rule, Counted counted, bool limits_count,
-                                             const Binning& binning, float maximum, SearchScratch& scratch) {
-  Bracket bracket;
+// The leader's share between pass 1 and pass 2: where the thresholds lie, as the counts tell. Without top-p the bracket
+// of top-k serves for both.
+__device__ __forceinline__ void open_brackets(const SamplingRule& rule, Counted counted, bool limits_count,
+                                              const Binning& binning, float maximum, SearchScratch& scratch) {
+  Bracket by_count{0u, 0u};
+  int last = 0;
+  float share = 1;
   if (limits_count) {
-    const int bin = bin_of_count(scratch, rule.top_k);
-    bracket = bracket_of(binning, counted == Counted::kEntries ? max(bin, 0) : bin, max(bin, 0));
-  } else {
-    bracket = bracket_of_mass(scratch, binning, maximum, rule.top_p);
+    const Digit found = bin_of_count(scratch, rule.top_k);
+    last = max(found.digit, 0);
+    by_count = bracket_of(binning, last, last);
+    if (found.digit < 0) by_count.low = 0;
+    share = static_cast<float>(rule.top_k - static_cast<int64_t>(found.above)) / scratch.bins()[last];
+    __syncthreads();
+  }
+  Bracket by_mass = by_count;
+  if (counted == Counted::kEntries && rule.top_p < 1) {
+    const BinMasses masses{scratch.bins(), binning.bin(maximum)};
+    sum_segments<kBins>(masses, scratch);
+    __syncthreads();
+    by_mass = bracket_of_mass(scratch, binning, masses, mass_from(masses, last, fminf(share, 1.0f)), rule.top_p);
   }
   __syncthreads();  // the list lies over the bins
   if (threadIdx.x > 0) return;
-  scratch.bracket = bracket;
-  scratch.listed = 0;
+  scratch.by_count = by_count;
+  scratch.by_mass = {by_mass.low, max(by_mass.high, by_count.high)};
+  scratch.listed = scratch.count = 0;
   scratch.answer = -1;
-  scratch.above = scratch.total = 0;
+  scratch.above = scratch.within = 0;
 }
 
 // Pass 2 over the listed entries alone. False where they are too many.
 template <class T>
 __device__ bool draw_among_listed(const SampleRow<T>& row, const SamplingRule& rule, Tempering tempering,
                                   ClusterScratch scratch) {
-  list_candidates(row, tempering, scratch.lead, {{scratch.lead.bracket.low, INT32_MAX}, 0u, 0u});
+  list_candidates(row, tempering, scratch.lead, {{scratch.lead.by_count.low, INT32_MAX}, 0u, 0u});
   const bool all = scratch.lead.listed <= kListed;
   if (all && row.cluster.rank == 0) draw_from_list(rule, scratch.own);
   return all;
 }
 
-// Pass 2 with a bracket. False where it misses.
+// Pass 2 with brackets. False where one misses.
 template <class T>
-__device__ bool filter_by_bracket(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count,
-                                  Tempering tempering, ClusterScratch scratch) {
-  const Goal goal{!limits_count, rule.top_k, rule.top_p};
-  bracket_pass(row, scratch.lead, tempering, rule.min_p, goal.by_mass, scratch.lead.bracket);
+__device__ bool filter_by_brackets(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count,
+                                   Tempering tempering, ClusterScratch scratch) {
+  bracket_pass(row, scratch.lead, tempering, rule.min_p, scratch.lead.by_count, scratch.lead.by_mass);
   if (row.cluster.rank == 0) {
-    const bool resolved = resolve_bracket(row, goal, rule.min_p, scratch.own);
+    const bool resolved = resolve_brackets(row, rule, limits_count, scratch.own);
     if (threadIdx.x == 0) scratch.own.resolved = resolved;
   }
   row.cluster.synchronize();
@@ -216,12 +227,12 @@ __device__ void filter_and_draw(const SampleRow<T>& row, const SamplingRule& rul
                                 const Binning& binning, Tempering tempering, ClusterScratch scratch) {
   const bool limits_count = rule.limits_count(row.vocab), leads = row.cluster.rank == 0;
   if (counted != Counted::kNothing) {
-    if (leads) open_bracket(rule, counted, limits_count, binning, tempering.maximum, scratch.own);
+    if (leads) open_brackets(rule, counted, limits_count, binning, tempering.maximum, scratch.own);
     row.cluster.synchronize();
   }
   if (counted == Counted::kChunkMaxima && draw_among_listed(row, rule, tempering, scratch)) return;
   Measure measure{tempering, true, {{0u, INT32_MAX}, 0u, 0u}, rule.min_p};
-  if (counted == Counted::kEntries && filter_by_bracket(row, rule, limits_count, tempering, scratch)) {
+  if (counted == Counted::kEntries && filter_by_brackets(row, rule, limits_count, tempering, scratch)) {
     measure.inside.within = scratch.lead.kept;
   } else {
     measure.inside.within = search_threshold(row, rule, limits_count, tempering, scratch);
