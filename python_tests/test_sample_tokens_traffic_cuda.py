@@ -123,3 +123,17 @@ def test_plan_of_the_launch():
     assert plan(2**20 - 1, F32, "sm_90") == (1, False)
     assert plan(262144, F32, "sm_90", clusters=False) == (1, False)
     assert plan(151936, BF16, "sm_120") == (1, False)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [*FILTERS_OF_MANY[1:], {"top_k": 50, "top_p": 0.9}, {"top_k": 5000}, {"top_p": 0.97}, {"top_p": 0.1}],
+    ids=str,
+)
+def test_two_reads_of_adversarial_rows_without_clusters(rule, rng):
+    x = adversarial(rng, 12000)
+    for bits in ENDS:
+        case = SamplingCase(x, bits=np.full(len(x), bits), staged_chunks=256, **rule)
+        counters = check(case, threads=64, count=True).counters
+        unstaged, tiles = x.nbytes - len(x) * 256 * 16, 2 * 2048 * len(x)  # those of the last tie and of the draw
+        assert counters.buffers[0].load_bytes <= x.nbytes + unstaged + tiles + 4 * len(x)

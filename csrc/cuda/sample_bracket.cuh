@@ -2,11 +2,13 @@
 // thresholds; pass 2 lists what lies in the brackets and sums what lies above them, exactly.
 //
 // Bins are 1/128 of a factor 2 in weight wide, so that counts tell masses to 0.3 %, and lie around a reference, the
-// maximum of the first tiles: 20 octaves above it and 44 below. A bracket is a guess: pass 2 proves it, and where it
-// missed, or held more than the list, the search over the row (sample_filter.cuh) takes over. The token is the same.
+// maximum of the first tiles: 20 octaves above it and 44 below. Where the first tiles span little, bins are as much
+// narrower. A bracket is a guess: pass 2 proves it. What it holds may be more than the list if it is all equal
+// (sample_ties.cuh); else, and where it missed, the search over the row (sample_filter.cuh) takes over. The token is
+// the same.
 #pragma once
 
-#include "sample_filter.cuh"
+#include "sample_ties.cuh"
 
 namespace distillm {
 
@@ -16,17 +18,24 @@ constexpr int kReferenceBin = 44 * 128;
 struct Binning {
   float reference;  // finite
   float scale;      // octaves of weight per logit
+  float per_octave;
+
+  // `range`: of the logits in the first tiles, which are to take half of the bins below the reference.
+  __device__ static Binning of(float reference, float scale, float range) {
+    const float fitting = kReferenceBin / 2 / (range * scale);
+    return {reference, scale, fminf(fmaxf(fitting, kBinsPerOctave), 1e9f)};
+  }
 
   // Never falls where z rises.
   __device__ int bin(float z) const {
-    const float at = (z - reference) * scale * kBinsPerOctave + kReferenceBin;
+    const float at = (z - reference) * scale * per_octave + kReferenceBin;
     return static_cast<int>(fminf(fmaxf(at, 0.0f), kBins - 1.0f));
   }
   // The key at a position among the bins; all keys where the first or last bin, which have no end, is cut.
   __device__ uint32_t key(float position) const {
     if (position < 1) return 0u;
     if (position >= kBins - 1) return ~0u;
-    return ordered_key(reference + (position - kReferenceBin) / kBinsPerOctave / scale);
+    return ordered_key(reference + (position - kReferenceBin) / per_octave / scale);
   }
 };
 
@@ -34,9 +43,10 @@ struct Binning {
 struct BinMasses {
   const uint32_t* count;
   int top;  // bin of the maximum
+  float per_octave;
 
   __device__ unsigned long long operator[](int bin) const {
-    const float octaves = (static_cast<float>(bin - top) + 0.5f) / kBinsPerOctave;
+    const float octaves = (static_cast<float>(bin - top) + 0.5f) / per_octave;
     return static_cast<unsigned long long>(static_cast<float>(count[bin]) * exp2_fast(octaves) * 0x1p40f);
   }
 };
@@ -62,13 +72,14 @@ __device__ __forceinline__ float mass_from(const BinMasses& masses, int last, fl
 }
 
 // Where the mass from the top reaches p of the whole. Masses A above and B below a point that are wrong by a part e
-// each, either way, move it by 2 e p (1 - p) of the whole: half a bin, e = 0.0027, and room for rounding. Where that
-// much holds more than the list, which takes a flat row, the errors of many counts cancel and a 16th of the room does.
+// each, either way, move it by 2 e p (1 - p) of the whole: half a bin, e = 0.35 / bins per octave, and room for
+// rounding. Where that much holds more than the list the errors of many counts cancel and a 16th of the room does.
 __device__ __forceinline__ Bracket bracket_of_mass(SearchScratch& scratch, const Binning& binning,
                                                    const BinMasses& masses, float whole, float p) {
   int low = 0, high = 0;
 #pragma unroll 1
-  for (float slack = 0.0078f * p * (1 - p), step = 0; step < 2; ++step, slack /= 16) {
+  for (float slack = (1.0f / binning.per_octave + 1e-5f) * p * (1 - p) + 2e-7f, step = 0; step < 2;
+       ++step, slack /= 16) {
     high = max(find_digit<kBins>(masses, scratch, static_cast<unsigned long long>((p - slack) * whole)).digit, 0);
     low = max(find_digit<kBins>(masses, scratch, static_cast<unsigned long long>((p + slack) * whole)).digit, 0);
     unsigned long long inside = 0;
@@ -98,7 +109,7 @@ __device__ void bracket_pass(const SampleRow<T>& row, SearchScratch& lead, Tempe
       within += key > by_count.high ? mass : 0;
       above += key > by_mass.high ? mass : 0;
       sum += key > by_mass.high && weight >= min_p ? mass : 0;
-      if (by_mass.holds(key) || by_count.holds(key)) append(lead, key, first + i, weight);
+      if (by_mass.holds(key) || by_count.holds(key)) append(lead, key, first + i, row.tile_of(first + i));
     }
   };
   row.visit(visit, [&](int tile) {
@@ -145,8 +156,9 @@ __device__ __forceinline__ bool resolve_count(SearchScratch& scratch, int64_t to
 // False where a bracket does not hold its threshold.
 template <class T>
 __device__ bool resolve_brackets(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count,
-                                 SearchScratch& scratch) {
-  if (scratch.listed > kListed) return false;
+                                 Tempering tempering, SearchScratch& scratch) {
+  if (scratch.listed > kListed) return resolve_ties(row, rule, limits_count, tempering, scratch);
+  weigh_list(scratch, tempering);
   Kept kept{0u, INT32_MAX};
   if (limits_count && !resolve_count(scratch, rule.top_k, kept)) return false;
   if (rule.top_p < 1) {

@@ -19,14 +19,13 @@ struct Undecided {
 // Lists the entries that `inside` names; listed says how many there are, also where they do not fit. The list is empty
 // at the start, which all blocks know.
 template <class T>
-__device__ void list_candidates(const SampleRow<T>& row, Tempering tempering, SearchScratch& lead,
-                                const Undecided& inside) {
+__device__ void list_candidates(const SampleRow<T>& row, SearchScratch& lead, const Undecided& inside) {
   constexpr int N = SampleRow<T>::N;
   const auto visit = [&](int first, float (&z)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const uint32_t key = ordered_key(z[i]);
-      if (z[i] > -CUDART_INF_F && inside(key, first + i)) append(lead, key, first + i, tempering.weight(z[i]));
+      if (z[i] > -CUDART_INF_F && inside(key, first + i)) append(lead, key, first + i, row.tile_of(first + i));
     }
   };
   row.visit(visit, [](int) {});
@@ -92,8 +91,17 @@ __device__ bool locate_in_chunks(const SampleRow<T>& row, SearchScratch& scratch
   return true;
 }
 
-// After sum_tiles, by one warp of the leader: the first id at which the running sum exceeds a point, into scratch.answer. The point
-// is given, or drawn from the total by `bits`.
+template <class T>
+__device__ void locate_in_tile(const SampleRow<T>& row, SearchScratch& scratch, const Measure& measure, int tile,
+                               unsigned long long point, unsigned long long before) {
+#pragma unroll 1
+  for (int j = 0; j < kLaneChunks; ++j) {
+    if (locate_in_chunks(row, scratch, measure, tile, j, point, before)) break;
+  }
+}
+
+// After sum_tiles, by one warp of the leader: the first id at which the running sum exceeds a point, into
+// scratch.answer. The point is given, or drawn from the total by `bits`.
 template <class T>
 __device__ void locate(const SampleRow<T>& row, SearchScratch& scratch, const Measure& measure, bool draws,
                        uint64_t bits_or_point) {
@@ -103,15 +111,8 @@ __device__ void locate(const SampleRow<T>& row, SearchScratch& scratch, const Me
     for (int tile = lane; tile < row.tiles; tile += kWarp) total += scratch.sums[tile];
     total = warp_total(total);
     const unsigned long long point = draws ? draw_point(bits_or_point, total) : bits_or_point;
-    int tile = 0, found = -1;
-    for (; tile < row.tiles; tile += kWarp) {
-      found = warp_locate(tile + lane < row.tiles ? scratch.sums[tile + lane] : 0, point, before);
-      if (found >= 0) break;
-    }
-#pragma unroll 1
-    for (int j = 0; j < kLaneChunks; ++j) {
-      if (locate_in_chunks(row, scratch, measure, tile + found, j, point, before)) break;
-    }
+    const int tile = locate_part(scratch.sums, row.tiles, point, before);
+    locate_in_tile(row, scratch, measure, tile, point, before);
     if (lane == 0) scratch.total = total;
   }
   __syncthreads();
@@ -134,8 +135,8 @@ __device__ void digit_histogram(const SampleRow<T>& row, ClusterScratch scratch,
   row.cluster.synchronize();
 }
 
-// Of the listed candidates in a bracket the one that completes the target, on top of `above`; by mass or by count. Where
-// none does, scratch.answer stays what it was.
+// Of the listed candidates in a bracket the one that completes the target, on top of `above`; by mass or by count.
+// Where none does, scratch.answer stays what it was.
 __device__ __forceinline__ Kept complete_in_list(SearchScratch& scratch, bool by_mass, unsigned long long above,
                                                  unsigned long long target, Bracket within = kAllKeys) {
   for (int i = threadIdx.x; i < scratch.listed; i += blockDim.x) {
@@ -171,7 +172,7 @@ __device__ __forceinline__ void choose_digit(SearchScratch& scratch, const Goal&
   const Digit found = find_digit<kDigits>(scratch.sums, scratch, target - 1 - above);
   above += found.above;
   if (threadIdx.x == 0) scratch.digit = found.digit;
-  if (threadIdx.x == 0) scratch.listed = 0;
+  clear_list(scratch);
 }
 
 // The filter's threshold among those kept so far: three digits of the key, a pass each; after the first a list of the
@@ -191,11 +192,12 @@ __device__ Kept row_threshold(const SampleRow<T>& row, ClusterScratch scratch, T
     measure.inside.digits |= static_cast<uint32_t>(scratch.lead.digit) << shift;
     measure.inside.mask = ~0u << shift;
     if (step > 0) continue;
-    list_candidates(row, tempering, scratch.lead, measure.inside);
+    list_candidates(row, scratch.lead, measure.inside);
     listed = scratch.lead.listed <= kListed;
   }
   Kept kept{measure.inside.digits, 0};
   if (listed) {
+    if (leads) weigh_list(scratch.own, tempering);
     if (leads) kept = complete_in_list(scratch.own, goal.by_mass, above, target);
   } else {
     // Equal logits measure the same: how many of them complete the target, and the id of the last.

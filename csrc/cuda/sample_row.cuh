@@ -1,9 +1,9 @@
 // One row of logits as the passes of `sample_tokens` see it, and the walk over it.
 //
 // The row is cut into chunks of 16 bytes (chunk.cuh) at aligned addresses; 128 chunks make a tile, which one warp
-// visits with four loads in flight per lane: lane l holds the chunks l, l + 32, l + 64 and l + 96 of it. Tiles are dealt
-// to the blocks of the row's cluster in turn, and a block's tiles to its warps, in every pass alike, so that a staged
-// chunk is read by the lane that wrote it. Entries that the row does not have read as -inf.
+// visits with four loads in flight per lane: lane l holds the chunks l, l + 32, l + 64 and l + 96 of it. Tiles are
+// dealt to the blocks of the row's cluster in turn, and a block's tiles to its warps, in every pass alike, so that a
+// staged chunk is read by the lane that wrote it. Entries that the row does not have read as -inf.
 //
 // The first pass keeps the first `staged` chunks of a block's tiles in its shared memory; later ones read the others
 // from memory again.
@@ -30,6 +30,22 @@ struct SampleArguments {
 
 // 32-bit words of the two bitmaps, a multiple of 16 bytes.
 __host__ __device__ constexpr int bitmap_words(int vocab) { return (vocab + 127) / 128 * 8; }
+
+// From where to where finite logits lie.
+struct Range {
+  float low, high;
+
+  __device__ static Range empty() { return {CUDART_INF_F, -CUDART_INF_F}; }
+
+  template <int N>
+  __device__ void add(const float (&z)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      high = fmaxf(high, z[i]);
+      low = z[i] > -CUDART_INF_F ? fminf(low, z[i]) : low;
+    }
+  }
+};
 
 template <class T>
 struct SampleRow {
@@ -115,7 +131,7 @@ struct SampleRow {
   }
 
   // Pass 1: visit_chunk(id of the first entry, raw logits), four loads in flight per lane. `seen`: after
-  // largest_of_first.
+  // range_of_first.
   template <class VisitChunk>
   __device__ void visit_raw(bool seen, VisitChunk&& visit_chunk) const {
     const int warps = blockDim.x / kWarp, count = own_tiles();
@@ -141,22 +157,26 @@ struct SampleRow {
     return (own + 1) * kTileChunks <= staged && own < own_tiles() && own < static_cast<int>(blockDim.x) / kWarp;
   }
 
-  // This lane's largest logit, after penalty and mask, of the tile of its warp that comes first.
-  __device__ float largest_of_first() const {
+  // This lane's finite logits, after penalty and mask, of the tile of its warp that comes first: from where to where.
+  __device__ Range range_of_first() const {
     const int own = threadIdx.x / kWarp;
-    float largest = -CUDART_INF_F;
-    if (!comes_first(own)) return largest;
+    Range range = Range::empty();
+    if (!comes_first(own)) return range;
     Loaded loaded[kLaneChunks];
     load_and_stage(own, loaded);
-#pragma unroll
+#pragma unroll 1
     for (int j = 0; j < kLaneChunks; ++j) {
-      float z[N];
-      unpack(loaded[j], z);
-      adjust(first_entry(chunk(own, j)), z);
-#pragma unroll
-      for (int i = 0; i < N; ++i) largest = fmaxf(largest, z[i]);
+      visit_loaded(slots, slot(own, j), chunk(own, j), [&](int, float (&z)[N]) { range.add(z); });
     }
-    return largest;
+    return range;
+  }
+
+  // The same of one chunk per thread, spread over the row: a further read, of little.
+  __device__ Range range_of_sample() const {
+    Range range = Range::empty();
+    const int chunk = static_cast<int>(static_cast<int64_t>(threadIdx.x) * tiles * kTileChunks / blockDim.x);
+    visit_loaded(slots, staged, chunk, [&](int, float (&z)[N]) { range.add(z); });
+    return range;
   }
 
   // Later passes: visit_chunk(id of the first entry, logits after penalty and mask), end_tile(tile) by whole warps.

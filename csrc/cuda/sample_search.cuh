@@ -32,16 +32,21 @@ struct Bracket {
 };
 
 // What the searches share. `sums` holds a histogram, the masses of the tiles, or the masses of kept candidates. The
-// bins of pass 1 lie over it and the list, which come later.
+// bins of pass 1 lie over it and the list, which come later. While a list is made `overflow` counts per tile what it
+// has no room for; then come the masses of what is listed.
 struct SearchScratch {
   unsigned long long sums[kMostTiles];
-  unsigned long long mass[kListed];
+  union {
+    unsigned long long mass[kListed];
+    uint32_t overflow[kMostTiles];
+  };
   uint32_t key[kListed];
   int32_t id[kListed];
   unsigned long long segment[kSegments];
   unsigned long long above, within, total, part;  // above, within: of pass 2 (sample_bracket.cuh)
   int32_t count;                                  // likewise
-  int32_t listed;  // how many candidates there were, listed or not
+  int32_t listed;                                 // how many candidates there were, listed or not
+  uint32_t lowest, highest;                       // keys among those not listed
   int32_t answer;
   // What the leader found out, for all blocks.
   int32_t digit;
@@ -108,13 +113,48 @@ __device__ Digit find_digit(const Histogram& histogram, const SearchScratch& scr
   return {-1, above};  // unreachable: the segment exceeds the point
 }
 
+// The leader empties the list, before a barrier of the cluster.
+__device__ __forceinline__ void clear_list(SearchScratch& scratch) {
+  for (int tile = threadIdx.x; tile < kMostTiles; tile += blockDim.x) scratch.overflow[tile] = 0;
+  if (threadIdx.x > 0) return;
+  scratch.listed = 0;
+  scratch.lowest = ~0u;
+  scratch.highest = 0;
+  scratch.answer = -1;
+}
+
 // Appends an entry to the list, whose order does not matter.
-__device__ __forceinline__ void append(SearchScratch& scratch, uint32_t key, int id, float weight) {
+__device__ __forceinline__ void append(SearchScratch& scratch, uint32_t key, int id, int tile) {
   const int at = atomicAdd(&scratch.listed, 1);
-  if (at >= kListed) return;
-  scratch.key[at] = key;
-  scratch.id[at] = id;
-  scratch.mass[at] = mass_of(weight);
+  if (at < kListed) {
+    scratch.key[at] = key;
+    scratch.id[at] = id;
+    return;
+  }
+  atomicAdd(scratch.overflow + tile, 1u);
+  atomicMin(&scratch.lowest, key);
+  atomicMax(&scratch.highest, key);
+}
+
+// The leader's share once the list is complete and holds all.
+__device__ __forceinline__ void weigh_list(SearchScratch& scratch, Tempering tempering) {
+  for (int i = threadIdx.x; i < scratch.listed; i += blockDim.x) {
+    scratch.mass[i] = mass_of(tempering.weight(number_of_key(scratch.key[i])));
+  }
+  __syncthreads();
+}
+
+// The first of so many parts, in order, at which the running sum exceeds `point`, by one warp; `before`: the sum before
+// it. One of them does.
+template <class Part>
+__device__ int locate_part(const Part* part, int count, unsigned long long point, unsigned long long& before) {
+  const int lane = threadIdx.x;
+  before = 0;
+  for (int first = 0; first < count; first += kWarp) {
+    const int found = warp_locate(first + lane < count ? part[first + lane] : 0, point, before);
+    if (found >= 0) return first + found;
+  }
+  return count - 1;  // unreachable
 }
 
 // Of the listed candidates in a bracket those before i in the order of selection: larger logits first, lower ids among

@@ -2,13 +2,13 @@
 //
 //   logits [R, V], float, bfloat16 or float16, any row stride -> token [R], its two log-probabilities, valid [R]
 //
-// One cluster of blocks per row, mostly of one block; lanes visit chunks of 16 bytes (sample_row.cuh). Pass 1: maximum, softmax statistics at T = 1 and,
-// where a filter needs a bound, counts of logits in bins (sample_bracket.cuh). Pass 2:
+// One cluster of blocks per row, mostly of one block; lanes visit chunks of 16 bytes (sample_row.cuh). Pass 1: maximum,
+// softmax statistics at T = 1 and, where a filter needs a bound, counts of logits in bins (sample_bracket.cuh). Pass 2:
 //   no filter, min-p    masses of tiles of entries, one tile once more;
 //   top-k up to 1024    lists the entries that reach the k-th largest chunk maximum; the list is all that is looked at;
 //   top-p, larger top-k lists the entries around the threshold, and masses of tiles of those above it.
-// A list (up to 1024) that is too short for its entries, which takes many equal or nearly equal logits, and top-k above
-// 1024 together with top-p: the threshold by radix search (sample_filter.cuh), 2 to 4 passes per filter.
+// A list (up to 1024) that is too short for its entries, unless they are all equal (sample_ties.cuh), or a bracket that
+// missed: the threshold by radix search (sample_filter.cuh), 2 to 4 passes per filter.
 // Neither weights nor a sorted row nor a mask is ever written. Each logit is read from memory once where the row fits
 // in the shared memory of a block or, from compute capability 9.0 on, of a cluster (fp32: V <= 380,000 at 227 KB); of
 // longer rows the first part is kept there and the rest is read once per pass.
@@ -28,7 +28,7 @@ struct SampleScratch {
   ExpSum row_raw;
 
   PartialExpSums raw;
-  PartialSums maximum, first_maximum;
+  PartialSums maximum, first_maximum, first_minimum;
   ExpSum raw_of_block[kMaxCluster];
   float maximum_of_block[kMaxCluster], first_of_block[kMaxCluster];
   SearchScratch search;
@@ -59,12 +59,24 @@ __device__ __forceinline__ float cluster_max(float x, float (&of_block)[kMaxClus
   return x;
 }
 
-// Clears the bins; the reference of the bins is the maximum of the first tiles.
+__device__ __forceinline__ Range block_range(Range x, SampleScratch& scratch) {
+  publish_maximum(x.high, scratch.first_maximum);
+  x.low = -block_max(-x.low, scratch.first_minimum);
+  return {x.low, collect_maximum(scratch.first_maximum)};
+}
+
+// Clears the bins; the reference of the bins is the maximum of the first tiles, or of a sample where those are all
+// -inf. Blocks of a cluster need the same bins, and the row that they hold may be searched: wide bins will do.
 template <class T>
 __device__ Binning binning_of(const SampleRow<T>& row, float scale, SampleScratch& scratch) {
   for (int i = threadIdx.x; i < kBins; i += blockDim.x) scratch.search.bins()[i] = 0;
-  const float largest = block_max(row.largest_of_first(), scratch.first_maximum);
-  return {fmaxf(cluster_max(largest, scratch.first_of_block, row.cluster), -CUDART_MAX_NORMAL_F), scale};
+  Range range = block_range(row.range_of_first(), scratch);
+  if (row.cluster.size == 1 && !(range.high > -CUDART_INF_F)) {
+    __syncthreads();
+    range = block_range(row.range_of_sample(), scratch);
+  }
+  const float high = fmaxf(cluster_max(range.high, scratch.first_of_block, row.cluster), -CUDART_MAX_NORMAL_F);
+  return Binning::of(high, scale, row.cluster.size == 1 ? high - range.low : CUDART_INF_F);
 }
 
 // The statistics of the row out of those of its blocks, and their counts into the leader's bins.
@@ -179,22 +191,24 @@ __device__ __forceinline__ void open_brackets(const SamplingRule& rule, Counted 
     last = max(found.digit, 0);
     by_count = bracket_of(binning, last, last);
     if (found.digit < 0) by_count.low = 0;
+    if (counted == Counted::kChunkMaxima) by_count.high = ~0u;
     share = static_cast<float>(rule.top_k - static_cast<int64_t>(found.above)) / scratch.bins()[last];
     __syncthreads();
   }
   Bracket by_mass = by_count;
   if (counted == Counted::kEntries && rule.top_p < 1) {
-    const BinMasses masses{scratch.bins(), binning.bin(maximum)};
+    const BinMasses masses{scratch.bins(), binning.bin(maximum), binning.per_octave};
     sum_segments<kBins>(masses, scratch);
     __syncthreads();
     by_mass = bracket_of_mass(scratch, binning, masses, mass_from(masses, last, fminf(share, 1.0f)), rule.top_p);
   }
   __syncthreads();  // the list lies over the bins
+  clear_list(scratch);
+  for (int tile = threadIdx.x; tile < kMostTiles; tile += blockDim.x) scratch.sums[tile] = 0;
   if (threadIdx.x > 0) return;
   scratch.by_count = by_count;
   scratch.by_mass = {by_mass.low, max(by_mass.high, by_count.high)};
-  scratch.listed = scratch.count = 0;
-  scratch.answer = -1;
+  scratch.count = 0;
   scratch.above = scratch.within = 0;
 }
 
@@ -202,19 +216,22 @@ __device__ __forceinline__ void open_brackets(const SamplingRule& rule, Counted 
 template <class T>
 __device__ bool draw_among_listed(const SampleRow<T>& row, const SamplingRule& rule, Tempering tempering,
                                   ClusterScratch scratch) {
-  list_candidates(row, tempering, scratch.lead, {{scratch.lead.by_count.low, INT32_MAX}, 0u, 0u});
+  list_candidates(row, scratch.lead, {{scratch.lead.by_count.low, INT32_MAX}, 0u, 0u});
   const bool all = scratch.lead.listed <= kListed;
-  if (all && row.cluster.rank == 0) draw_from_list(rule, scratch.own);
+  if (all && row.cluster.rank == 0) {
+    weigh_list(scratch.own, tempering);
+    draw_from_list(rule, scratch.own);
+  }
   return all;
 }
 
-// Pass 2 with brackets. False where one misses.
+// Pass 2 with brackets, or what is left to do where the list of candidates overflowed. False where a bracket misses.
 template <class T>
 __device__ bool filter_by_brackets(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count,
-                                   Tempering tempering, ClusterScratch scratch) {
-  bracket_pass(row, scratch.lead, tempering, rule.min_p, scratch.lead.by_count, scratch.lead.by_mass);
+                                   Tempering tempering, bool listed, ClusterScratch scratch) {
+  if (!listed) bracket_pass(row, scratch.lead, tempering, rule.min_p, scratch.lead.by_count, scratch.lead.by_mass);
   if (row.cluster.rank == 0) {
-    const bool resolved = resolve_brackets(row, rule, limits_count, scratch.own);
+    const bool resolved = resolve_brackets(row, rule, limits_count, tempering, scratch.own);
     if (threadIdx.x == 0) scratch.own.resolved = resolved;
   }
   row.cluster.synchronize();
@@ -230,9 +247,10 @@ __device__ void filter_and_draw(const SampleRow<T>& row, const SamplingRule& rul
     if (leads) open_brackets(rule, counted, limits_count, binning, tempering.maximum, scratch.own);
     row.cluster.synchronize();
   }
-  if (counted == Counted::kChunkMaxima && draw_among_listed(row, rule, tempering, scratch)) return;
+  const bool lists = counted == Counted::kChunkMaxima;
+  if (lists && draw_among_listed(row, rule, tempering, scratch)) return;
   Measure measure{tempering, true, {{0u, INT32_MAX}, 0u, 0u}, rule.min_p};
-  if (counted == Counted::kEntries && filter_by_brackets(row, rule, limits_count, tempering, scratch)) {
+  if (counted != Counted::kNothing && filter_by_brackets(row, rule, limits_count, tempering, lists, scratch)) {
     measure.inside.within = scratch.lead.kept;
   } else {
     measure.inside.within = search_threshold(row, rule, limits_count, tempering, scratch);
@@ -298,7 +316,7 @@ __global__ void __launch_bounds__(kSampleThreads, 1) sample_tokens_kernel(const 
   const float scale = tempering_scale(rule.temperature);
   const Counted counted = counted_by(rule, rule.limits_count(row.vocab));
   cluster.await_start();
-  Binning binning{0.0f, scale};
+  Binning binning{0.0f, scale, kBinsPerOctave};
   if (counted != Counted::kNothing) binning = binning_of(row, scale, scratch);
   const RowStatistics statistics = row_statistics(row, counted, binning, scratch);
   if (!(statistics.raw.sum > 0) || !(statistics.maximum > -CUDART_INF_F)) {
