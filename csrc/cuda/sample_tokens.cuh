@@ -5,130 +5,22 @@
 // One cluster of blocks per row, mostly of one block; lanes visit chunks of 16 bytes (sample_row.cuh). Pass 1: maximum,
 // softmax statistics at T = 1 and, where a filter needs a bound, counts of logits in bins (sample_bracket.cuh). Pass 2:
 //   no filter, min-p    masses of tiles of entries, one tile once more;
-//   top-k up to 1024    lists the entries that reach the k-th largest chunk maximum; the list is all that is looked at;
-//   top-p, larger top-k lists the entries around the threshold, and masses of tiles of those above it.
+//   top-k up to 512     lists the entries that reach the k-th largest chunk maximum; the list is all that is looked at;
+//   top-p, larger top-k lists the entries around the thresholds, and masses of tiles of those above them.
 // A list (up to 1024) that is too short for its entries, unless they are all equal (sample_ties.cuh), or a bracket that
 // missed: the threshold by radix search (sample_filter.cuh), 2 to 4 passes per filter.
 // Neither weights nor a sorted row nor a mask is ever written. Each logit is read from memory once where the row fits
-// in the shared memory of a block or, from compute capability 9.0 on, of a cluster (fp32: V <= 380,000 at 227 KB); of
-// longer rows the first part is kept there and the rest is read once per pass.
+// in the shared memory of a block or, on compute capability 9.0 to 11.x, of a cluster (fp32: V <= 390,000 at 227 KB);
+// of longer rows the first part is kept there and the rest is read once per pass: twice in all, but for the search.
 //
 // Masses are 64-bit integers (math/token_mass.h): the token is the CPU kernel's, bit for bit.
 #pragma once
 
-#include "sample_bracket.cuh"
+#include "sample_statistics.cuh"
 
 namespace distillm {
 
 constexpr int kSampleThreads = 768;  // which leaves 80 registers to each
-
-struct SampleScratch {
-  // Of the whole row; here and not in registers, which are few.
-  SamplingRule rule;
-  ExpSum row_raw;
-
-  PartialExpSums raw;
-  PartialSums maximum, first_maximum, first_minimum;
-  ExpSum raw_of_block[kMaxCluster];
-  float maximum_of_block[kMaxCluster], first_of_block[kMaxCluster];
-  SearchScratch search;
-};
-
-struct RowStatistics {
-  ExpSum raw;     // of the logits as they are, at T = 1
-  float maximum;  // after penalty and mask
-};
-
-// What pass 1 counts in the bins.
-enum class Counted { kNothing, kChunkMaxima, kEntries };
-
-// Whatever a list or a bracket will serve.
-__device__ __forceinline__ Counted counted_by(const SamplingRule& rule, bool limits_count) {
-  if (rule.greedy()) return Counted::kNothing;
-  if (!limits_count) return rule.top_p < 1 ? Counted::kEntries : Counted::kNothing;
-  return rule.top_k > kListed / 2 ? Counted::kEntries : Counted::kChunkMaxima;
-}
-
-// The largest of what the blocks of a cluster have; `of_block` serves one such maximum.
-__device__ __forceinline__ float cluster_max(float x, float (&of_block)[kMaxCluster], const Cluster& cluster) {
-  if (cluster.size == 1) return x;
-  const int thread = threadIdx.x;
-  if (thread < cluster.size) cluster.in_block(of_block, thread)[cluster.rank] = x;
-  cluster.synchronize();
-  for (int block = 0; block < cluster.size; ++block) x = fmaxf(x, of_block[block]);
-  return x;
-}
-
-__device__ __forceinline__ Range block_range(Range x, SampleScratch& scratch) {
-  publish_maximum(x.high, scratch.first_maximum);
-  x.low = -block_max(-x.low, scratch.first_minimum);
-  return {x.low, collect_maximum(scratch.first_maximum)};
-}
-
-// Clears the bins; the reference of the bins is the maximum of the first tiles, or of a sample where those are all
-// -inf. Blocks of a cluster need the same bins, and the row that they hold may be searched: wide bins will do.
-template <class T>
-__device__ Binning binning_of(const SampleRow<T>& row, float scale, SampleScratch& scratch) {
-  for (int i = threadIdx.x; i < kBins; i += blockDim.x) scratch.search.bins()[i] = 0;
-  Range range = block_range(row.range_of_first(), scratch);
-  if (row.cluster.size == 1 && !(range.high > -CUDART_INF_F)) {
-    __syncthreads();
-    range = block_range(row.range_of_sample(), scratch);
-  }
-  const float high = fmaxf(cluster_max(range.high, scratch.first_of_block, row.cluster), -CUDART_MAX_NORMAL_F);
-  return Binning::of(high, scale, row.cluster.size == 1 ? high - range.low : CUDART_INF_F);
-}
-
-// The statistics of the row out of those of its blocks, and their counts into the leader's bins.
-__device__ __forceinline__ RowStatistics combine_blocks(RowStatistics own, bool counted, const Cluster& cluster,
-                                                        SampleScratch& scratch) {
-  if (cluster.size == 1) return own;
-  if (counted && cluster.rank > 0) {
-    uint32_t* const bins = cluster.in_block(scratch.search.bins(), 0);
-    for (int i = threadIdx.x; i < kBins; i += blockDim.x) {
-      if (const uint32_t count = scratch.search.bins()[i]) atomicAdd(bins + i, count);
-    }
-  }
-  const int thread = threadIdx.x;
-  if (thread < cluster.size) cluster.in_block(scratch.raw_of_block, thread)[cluster.rank] = own.raw;
-  const float maximum = cluster_max(own.maximum, scratch.maximum_of_block, cluster);
-  ExpSum raw = scratch.raw_of_block[0];
-  for (int block = 1; block < cluster.size; ++block) {
-    raw = raw.with(scratch.raw_of_block[block], static_cast<float>(kLog2E));
-  }
-  return {raw, maximum};
-}
-
-// Pass 1.
-template <class T>
-__device__ RowStatistics row_statistics(const SampleRow<T>& row, Counted counted, const Binning& binning,
-                                        SampleScratch& scratch) {
-  constexpr int N = SampleRow<T>::N;
-  const float scale = static_cast<float>(kLog2E);
-  uint32_t* const bins = scratch.search.bins();
-  const auto count = [&](float z) {
-    if (z > -CUDART_INF_F) atomicAdd(bins + binning.bin(z), 1u);
-  };
-  ExpSum raw = ExpSum::empty();
-  float maximum = -CUDART_INF_F;
-  const auto visit = [&](int first, float (&z)[N]) {
-    raw.add(z, scale);
-    row.adjust(first, z);
-    float highest = -CUDART_INF_F;
-#pragma unroll
-    for (int i = 0; i < N; ++i) highest = fmaxf(highest, z[i]);
-    maximum = fmaxf(maximum, highest);
-    if (counted == Counted::kChunkMaxima) count(highest);
-    if (counted != Counted::kEntries) return;
-#pragma unroll
-    for (int i = 0; i < N; ++i) count(z[i]);
-  };
-  row.visit_raw(counted != Counted::kNothing, visit);
-  publish(raw, scale, scratch.raw);
-  maximum = block_max(maximum, scratch.maximum);
-  const RowStatistics own{collect(scratch.raw, scale), maximum};
-  return combine_blocks(own, counted != Counted::kNothing, row.cluster, scratch);
-}
 
 __device__ __forceinline__ unsigned long long list_total(const unsigned long long* mass, int count) {
   unsigned long long total = 0;
