@@ -16,15 +16,16 @@ def rng() -> np.random.Generator:
 
 
 def adversarial(rng, vocab: int) -> np.ndarray:
-    """Rows of which counts in bins tell little: all equal, two values, differing in the last bits, half of it -inf, and
-    all within a few bins."""
+    """Rows of which counts in bins tell little: all equal, two values, differing in the last bits, half of it -inf,
+    all within a few bins, ascending."""
     equal = np.full(vocab, 1.5, np.float32)
     two = np.where(rng.random(vocab) < 0.5, np.float32(-2), np.float32(1))
     last_bit = (np.float32(1).view(np.int32) + rng.integers(0, 16, vocab, np.int32)).view(np.float32)
     half = rng.standard_normal(vocab).astype(np.float32)
     half[: vocab // 2] = -np.inf
     flat = (rng.standard_normal(vocab) * 1e-3).astype(np.float32)
-    return np.stack([equal, two, last_bit, half, flat])
+    ascending = np.sort(rng.standard_normal(vocab).astype(np.float32) * 3)
+    return np.stack([equal, two, last_bit, half, flat, ascending])
 
 
 @pytest.mark.parametrize("cluster", [2, 4, 8])
@@ -79,7 +80,7 @@ def test_counted_traffic(rule, rng):
     assert counters.buffers[0].load_bytes - row_bytes == 2 * rows  # the drawn token's own logit
     case.staged_chunks = 256
     counters = check(case, threads=128, count=True).counters
-    assert counters.buffers[0].load_bytes <= 1.5 * row_bytes + tile + 2 * rows
+    assert counters.buffers[0].load_bytes <= 1.5 * row_bytes + 2 * tile + 2 * rows  # a tile: the sample
 
 
 @pytest.mark.parametrize("dtype,spread", [(BF16, 3), (BF16, 1), (F32, 2)], ids=str)
@@ -127,7 +128,14 @@ def test_plan_of_the_launch():
 
 @pytest.mark.parametrize(
     "rule",
-    [*FILTERS_OF_MANY[1:], {"top_k": 50, "top_p": 0.9}, {"top_k": 5000}, {"top_p": 0.97}, {"top_p": 0.1}],
+    [
+        *FILTERS_OF_MANY[1:],
+        {"top_k": 50, "top_p": 0.9},
+        {"top_k": 250},
+        {"top_k": 5000},
+        {"top_p": 0.97},
+        {"top_p": 0.1},
+    ],
     ids=str,
 )
 def test_two_reads_of_adversarial_rows_without_clusters(rule, rng):
@@ -135,5 +143,6 @@ def test_two_reads_of_adversarial_rows_without_clusters(rule, rng):
     for bits in ENDS:
         case = SamplingCase(x, bits=np.full(len(x), bits), staged_chunks=256, **rule)
         counters = check(case, threads=64, count=True).counters
-        unstaged, tiles = x.nbytes - len(x) * 256 * 16, 2 * 2048 * len(x)  # those of the last tie and of the draw
+        unstaged = x.nbytes - len(x) * 256 * 16
+        tiles = (2 * 2048 + 64 * 16) * len(x)  # those of the last tie and of the draw, and the sample
         assert counters.buffers[0].load_bytes <= x.nbytes + unstaged + tiles + 4 * len(x)

@@ -2,7 +2,7 @@
 // thresholds; pass 2 lists what lies in the brackets and sums what lies above them, exactly.
 //
 // Bins are 1/128 of a factor 2 in weight wide, so that counts tell masses to 0.3 %, and lie around a reference, the
-// maximum of the first tiles: 20 octaves above it and 44 below. Where the first tiles span little, bins are as much
+// maximum of a part of the row: 20 octaves above it and 44 below. Where that part spans little, bins are as much
 // narrower. A bracket is a guess: pass 2 proves it. What it holds may be more than the list if it is all equal
 // (sample_ties.cuh); else, and where it missed, the search over the row (sample_filter.cuh) takes over. The token is
 // the same.
@@ -20,7 +20,7 @@ struct Binning {
   float scale;      // octaves of weight per logit
   float per_octave;
 
-  // `range`: of the logits in the first tiles, which are to take half of the bins below the reference.
+  // `range`: of the logits in that part, which are to take half of the bins below the reference.
   __device__ static Binning of(float reference, float scale, float range) {
     const float fitting = kReferenceBin / 2 / (range * scale);
     return {reference, scale, fminf(fmaxf(fitting, kBinsPerOctave), 1e9f)};

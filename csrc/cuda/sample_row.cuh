@@ -152,6 +152,9 @@ struct SampleRow {
     }
   }
 
+  // Whether all tiles are staged.
+  __device__ bool staged_whole() const { return staged >= (tiles + cluster.size - 1) / cluster.size * kTileChunks; }
+
   // The first tile of every warp, if it is staged: it may be looked at before pass 1 at no further read.
   __device__ bool comes_first(int own) const {
     return (own + 1) * kTileChunks <= staged && own < own_tiles() && own < static_cast<int>(blockDim.x) / kWarp;
@@ -171,11 +174,11 @@ struct SampleRow {
     return range;
   }
 
-  // The same of one chunk per thread, spread over the row: a further read, of little.
+  // The same of one chunk per thread, spread over the row: a further read, of some 12 KB.
   __device__ Range range_of_sample() const {
     Range range = Range::empty();
     const int chunk = static_cast<int>(static_cast<int64_t>(threadIdx.x) * tiles * kTileChunks / blockDim.x);
-    visit_loaded(slots, staged, chunk, [&](int, float (&z)[N]) { range.add(z); });
+    visit_loaded(slots, staged, chunk, [&](int, float (&z)[N]) { range.add(z); });  // from memory
     return range;
   }
 

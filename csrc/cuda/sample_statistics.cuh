@@ -26,11 +26,12 @@ struct RowStatistics {
 // What pass 1 counts in the bins.
 enum class Counted { kNothing, kChunkMaxima, kEntries };
 
-// Whatever a list or a bracket will serve.
+// As many chunks as a list holds the entries of, whatever the order of the row, else a bracket. N: entries of a chunk.
+template <int N>
 __device__ __forceinline__ Counted counted_by(const SamplingRule& rule, bool limits_count) {
   if (rule.greedy()) return Counted::kNothing;
   if (!limits_count) return rule.top_p < 1 ? Counted::kEntries : Counted::kNothing;
-  return rule.top_k > kListed / 2 ? Counted::kEntries : Counted::kChunkMaxima;
+  return rule.top_k > kListed / N ? Counted::kEntries : Counted::kChunkMaxima;
 }
 
 // The largest of what the blocks of a cluster have; `of_block` serves one such maximum.
@@ -49,16 +50,12 @@ __device__ __forceinline__ Range block_range(Range x, SampleScratch& scratch) {
   return {x.low, collect_maximum(scratch.first_maximum)};
 }
 
-// Clears the bins; the reference of the bins is the maximum of the first tiles, or of a sample where those are all
-// -inf. Blocks of a cluster need the same bins, and the row that they hold may be searched: wide bins will do.
+// Clears the bins and chooses their reference and width: by the first tiles; by a sample of the row where it is not
+// staged, so that no further pass is wanted. Blocks of a cluster need the same bins, and may search: wide ones will do.
 template <class T>
 __device__ Binning binning_of(const SampleRow<T>& row, float scale, SampleScratch& scratch) {
   for (int i = threadIdx.x; i < kBins; i += blockDim.x) scratch.search.bins()[i] = 0;
-  Range range = block_range(row.range_of_first(), scratch);
-  if (row.cluster.size == 1 && !(range.high > -CUDART_INF_F)) {
-    __syncthreads();
-    range = block_range(row.range_of_sample(), scratch);
-  }
+  const Range range = block_range(row.staged_whole() ? row.range_of_first() : row.range_of_sample(), scratch);
   const float high = fmaxf(cluster_max(range.high, scratch.first_of_block, row.cluster), -CUDART_MAX_NORMAL_F);
   return Binning::of(high, scale, row.cluster.size == 1 ? high - range.low : CUDART_INF_F);
 }
@@ -107,7 +104,7 @@ __device__ RowStatistics row_statistics(const SampleRow<T>& row, Counted counted
 #pragma unroll
     for (int i = 0; i < N; ++i) count(z[i]);
   };
-  row.visit_raw(counted != Counted::kNothing, visit);
+  row.visit_raw(counted != Counted::kNothing && row.staged_whole(), visit);
   publish(raw, scale, scratch.raw);
   maximum = block_max(maximum, scratch.maximum);
   const RowStatistics own{collect(scratch.raw, scale), maximum};

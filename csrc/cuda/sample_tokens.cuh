@@ -5,10 +5,10 @@
 // One cluster of blocks per row, mostly of one block; lanes visit chunks of 16 bytes (sample_row.cuh). Pass 1: maximum,
 // softmax statistics at T = 1 and, where a filter needs a bound, counts of logits in bins (sample_bracket.cuh). Pass 2:
 //   no filter, min-p    masses of tiles of entries, one tile once more;
-//   top-k up to 512     lists the entries that reach the k-th largest chunk maximum; the list is all that is looked at;
+//   small top-k         lists the entries that reach the k-th largest chunk maximum; the list is all that is looked at;
 //   top-p, larger top-k lists the entries around the thresholds, and masses of tiles of those above them.
 // A list (up to 1024) that is too short for its entries, unless they are all equal (sample_ties.cuh), or a bracket that
-// missed: the threshold by radix search (sample_filter.cuh), 2 to 4 passes per filter.
+// missed: the threshold by radix search (sample_filter.cuh), 2 to 5 passes per filter.
 // Neither weights nor a sorted row nor a mask is ever written. Each logit is read from memory once where the row fits
 // in the shared memory of a block or, on compute capability 9.0 to 11.x, of a cluster (fp32: V <= 390,000 at 227 KB);
 // of longer rows the first part is kept there and the rest is read once per pass: twice in all, but for the search.
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kSampleThreads, 1) sample_tokens_kernel(const 
   const SampleRow<T> row(a, index, rule.penalty, cluster, dynamic_shared);
   row.read_lists(a.call, index);
   const float scale = tempering_scale(rule.temperature);
-  const Counted counted = counted_by(rule, rule.limits_count(row.vocab));
+  const Counted counted = counted_by<SampleRow<T>::N>(rule, rule.limits_count(row.vocab));
   cluster.await_start();
   Binning binning{0.0f, scale, kBinsPerOctave};
   if (counted != Counted::kNothing) binning = binning_of(row, scale, scratch);
