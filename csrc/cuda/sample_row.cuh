@@ -197,7 +197,7 @@ struct SampleRow {
   // The same for this lane's j-th chunk of any tile, whichever block of the cluster stages it.
   template <class VisitChunk>
   __device__ void visit_one(int tile, int j, VisitChunk&& visit_chunk) const {
-    const uint4* const other = cluster.in_block(slots, tile % cluster.size);
+    const uint4* const other = cluster.size > 1 ? cluster.in_block(slots, tile % cluster.size) : slots;
     visit_loaded(other, slot(tile / cluster.size, j), slot(tile, j), visit_chunk);
   }
 

@@ -92,7 +92,9 @@ __device__ __forceinline__ void open_brackets(const SamplingRule& rule, Counted 
     const BinMasses masses{scratch.bins(), binning.bin(maximum), binning.per_octave};
     sum_segments<kBins>(masses, scratch);
     __syncthreads();
-    by_mass = bracket_of_mass(scratch, binning, masses, mass_from(masses, last, fminf(share, 1.0f)), rule.top_p);
+    const float whole =
+        limits_count ? mass_from(masses, last, fminf(share, 1.0f)) : static_cast<float>(histogram_total(scratch));
+    by_mass = bracket_of_mass(scratch, binning, masses, whole, rule.top_p);
   }
   __syncthreads();  // the list lies over the bins
   clear_list(scratch);
