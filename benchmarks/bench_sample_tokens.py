@@ -70,15 +70,13 @@ def cuda_counters(gpu: str = "H100-SXM", arch: str = "sm_90") -> list[harness.Ro
     import ml_dtypes
     import numpy as np
     import ptxsim
-    from ptx_sampling import SamplingCase, launch_sampling, launch_shape
+    from ptx_sampling import SamplingCase, launch_sampling, planned
 
     rows = []
     for rule in RULES:
         for vocab in CUDA_VOCABULARIES:
             logits = (np.random.default_rng(0).standard_normal((1, vocab)) * 3).astype(ml_dtypes.bfloat16)
-            case = SamplingCase(logits, **rule)
-            chunks = case.chunks()
-            case.staged_chunks, threads = launch_shape(case, arch)
+            case, threads = planned(SamplingCase(logits, **rule), arch)
             counters = launch_sampling(case, arch, threads).counters
             bounds = counters.roofline(gpu).bounds
             once = 2 * vocab / ptxsim.GPUS[gpu].dram_bytes_per_second
@@ -86,7 +84,8 @@ def cuda_counters(gpu: str = "H100-SXM", arch: str = "sm_90") -> list[harness.Ro
             busiest = max((s * (1 if n == "dram" else spread), n) for n, s in bounds.items())
             rows.append({
                 "rule": ", ".join(f"{k} {v}" for k, v in rule.items()) or "none", "V": vocab,
-                "staged": case.staged_chunks / chunks, "reads of the row": counters.load_bytes / (2 * vocab),
+                "blocks": case.cluster, "staged": min(case.cluster * case.staged_chunks / case.chunks(), 1.0),
+                "reads of the row": counters.load_bytes / (2 * vocab),
                 "mufu": counters.group("mufu_") / vocab, "fp32": counters.group("fp32_") / vocab,
                 "issued": 32 * counters.issued_warp_instructions / vocab, "limit": busiest[1],
                 "model / dram": busiest[0] / once,

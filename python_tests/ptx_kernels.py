@@ -202,12 +202,13 @@ class Plan:
 
 
 @cache
-def _planner() -> Any:
+def planner() -> Any:
+    """The launch plans of csrc/cuda, as functions of C."""
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/plan.so"
         command = [os.environ.get("CXX", "g++"), "-std=c++17", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
         subprocess.run([*command, str(KERNELS / "plan.cpp"), "-o", library], check=True)
-        return ctypes.CDLL(library).plan
+        return ctypes.CDLL(library)
 
 
 def plan_launch(case: DivergenceCase, arch: str, clusters: bool = True) -> Plan:
@@ -219,7 +220,7 @@ def plan_launch(case: DivergenceCase, arch: str, clusters: bool = True) -> Plan:
     largest = 8 if clusters and number in CLUSTER_ARCHITECTURES else 1
     shape = (ctypes.c_int64 * 5)(case.chunks, case.slot_bytes, case.kept_bytes, case.need_gradient, static)
     device, out = (ctypes.c_int64 * 4)(block, multiprocessor, 1024, largest), (ctypes.c_int64 * 4)()
-    _planner()(shape, device, out)
+    planner().plan(shape, device, out)
     return Plan(*out)
 
 

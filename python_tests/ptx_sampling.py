@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import ctypes
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import ptxsim
-from ptx_kernels import compiled, flat_storage, type_name
-from ptxsim.module import MAX_SHARED
+from ptx_kernels import CLUSTER_ARCHITECTURES, SHARED_KILOBYTES, compiled, flat_storage, planner, type_name
 
 TILE_CHUNKS = 128
 
@@ -28,7 +28,8 @@ class SamplingCase:
     bits: np.ndarray | None = None
     previous_tokens: np.ndarray | None = None
     banned: np.ndarray | None = None
-    staged_chunks: int | None = None  # None: the whole row
+    staged_chunks: int | None = None  # in each block; None: the whole row
+    cluster: int = 1
 
     @property
     def chunk_entries(self) -> int:
@@ -43,7 +44,8 @@ class SamplingCase:
         return (self.logits.shape[1] + 2 * self.chunk_entries - 2) // self.chunk_entries
 
     def staging(self) -> int:
-        return self.chunks() if self.staged_chunks is None else self.staged_chunks
+        tiles = -(-self.chunks() // TILE_CHUNKS)
+        return -(-tiles // self.cluster) * TILE_CHUNKS if self.staged_chunks is None else self.staged_chunks
 
 
 @dataclass
@@ -60,8 +62,8 @@ def _per_row(value: Any, kind: type) -> list[Any]:
     return [np.asarray(value, kind), kind(0)] if isinstance(value, np.ndarray) else [None, kind(value)]
 
 
-def sampling_module(arch: str) -> ptxsim.Simulator:
-    return compiled("sample_tokens.cu", arch)
+def sampling_module(arch: str, logits: np.ndarray) -> ptxsim.Simulator:
+    return compiled("sample_tokens.cu", arch, LOGITS=type_name(logits))
 
 
 def launch_sampling(
@@ -86,27 +88,22 @@ def launch_sampling(
         banned, np.int64(vocab if banned is not None and banned.ndim == 2 else 0),
         *outputs, np.int32(case.staging()),
     )  # fmt: skip
-    counters = (module or sampling_module(arch)).launch(
-        f"sample_tokens_kernel<distillm::generic::{type_name(case.logits)}>"
-        if case.logits.itemsize == 2
-        else "sample_tokens_kernel<float>",
-        rows, threads, [arguments],
+    counters = (module or sampling_module(arch, case.logits)).launch(
+        "sample_tokens_kernel", rows * case.cluster, threads, [arguments], cluster=(case.cluster, 1, 1),
         shared_bytes=case.bitmap_bytes + 16 * case.staging(), readonly=[logits],
         **options,
     )  # fmt: skip
     return SamplingResult(*outputs[:3], outputs[3].astype(bool), counters)
 
 
-def launch_shape(case: SamplingCase, arch: str) -> tuple[int, int]:
-    """Staged chunks and threads per block as csrc/cuda/sample_tokens.cu chooses them on this architecture."""
-    static = next(iter(_static_shared(arch)))
-    room = (MAX_SHARED[int(arch.removeprefix("sm_"))] * 1024 - static - case.bitmap_bytes) // 16
-    staged = min(case.chunks(), room)
-    kilobytes = (case.bitmap_bytes + staged * 16) / 1024
-    filling = 768 if kilobytes > 72 else 512 if kilobytes > 36 else 256
-    return staged, min(filling, -(-case.chunks() // TILE_CHUNKS) * 32)
-
-
-def _static_shared(arch: str) -> set[int]:
-    module = sampling_module(arch)
-    return {module.kernel_info(name)["static_shared"] for name in module.kernels}
+def planned(case: SamplingCase, arch: str, clusters: bool = True) -> tuple[SamplingCase, int]:
+    """The case, and threads per block, as csrc/cuda/sample_tokens.cu launches it on a device of this architecture."""
+    number = int(arch.removeprefix("sm_"))
+    module = sampling_module(arch, case.logits)
+    static = module.kernel_info("sample_tokens_kernel")["static_shared"]
+    room = SHARED_KILOBYTES[number][0] * 1024 - static - case.bitmap_bytes
+    most = 8 if clusters and number in CLUSTER_ARCHITECTURES else 1
+    plan = (ctypes.c_int64 * 3)()
+    planner().plan_sample_tokens((ctypes.c_int64 * 4)(case.chunks(), room // 16, case.bitmap_bytes, most), plan)
+    cluster, threads, staged = plan
+    return replace(case, cluster=cluster, staged_chunks=staged), threads

@@ -1,6 +1,6 @@
 """Far tails of `sample_tokens`: tokens 15 to 22 nats below the most probable one come up as often as they should.
 
-`pytest -m slow -s` prints the report of the long form. Seeds are fixed: a test passes always or never.
+The long form prints its report: see test_sample_tokens_distribution.py. Seeds are fixed: a test passes always or never.
 """
 
 from __future__ import annotations
@@ -108,6 +108,24 @@ def test_far_tail_by_scanning(depth, form):
     by_position = sample_tokens(row, seed=seed, position=position).tokens
     by_bits = operator(row, bits=torch.from_numpy(bits.view(np.int64)), seed=0, position=0, **PLAIN)[0]
     assert torch.equal(by_position, by_bits)
+
+
+def test_all_random_bits_count():
+    """Tokens of which each has 2⁻³⁷ of the draw, so that both words of the random bits decide: the positions that hit
+    the tail, found by computing their bits here, draw the tokens that these bits draw."""
+    vocab, depth, seed = 1 << 19, 26.0, 77
+    row = tail_row(vocab, depth)
+    reach = np.uint64(int(tail_mass(vocab, depth) * 2.0**63))
+    position = np.concatenate([
+        start + np.flatnonzero(np.minimum(bits, ~bits) < reach)
+        for start in range(0, 1 << 22, 1 << 20)
+        for bits in [philox_words(np.arange(start, start + (1 << 20), dtype=np.uint64), seed)]
+    ])  # fmt: skip
+    bits = torch.from_numpy(philox_words(position.astype(np.uint64), seed).view(np.int64))
+    rows = row.expand(len(position), -1)
+    tokens = sample_tokens(rows, seed=seed, position=torch.from_numpy(position)).tokens
+    assert (tokens != vocab // 2).sum() > 2
+    assert torch.equal(tokens, operator(rows, bits=bits, seed=0, position=0, **PLAIN)[0])
 
 
 def test_tail_is_resolved_token_by_token():

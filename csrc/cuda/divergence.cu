@@ -5,9 +5,9 @@
 #include <mutex>
 #include <tuple>
 
+#include "cluster_launch.h"
 #include "divergence_kernels.cuh"
 #include "divergence_plan.h"
-#include "launch.h"
 
 namespace distillm {
 namespace {
@@ -15,14 +15,6 @@ namespace {
 DivergenceShape shape_of(const DivergenceKernel& kernel, const DivergenceCall& call, int64_t vocab) {
   return {most_chunks(static_cast<int>(vocab), kernel.chunk_entries), kernel.slot_bytes, kernel.kept_bytes,
           call.gradient != nullptr, kernel.static_bytes};
-}
-
-// Clusters need a device that has them and code compiled for one: PTX of an older architecture knows of none. 12.0
-// and later are launched without: there a cluster is one block.
-int64_t most_blocks_of_cluster(const cudaFuncAttributes& kernel, const DeviceScope& device) {
-  const int major = device.attribute(cudaDevAttrComputeCapabilityMajor);
-  const bool has_clusters = major >= 9 && major < 12 && device.attribute(cudaDevAttrClusterLaunch);
-  return has_clusters && kernel.ptxVersion >= 90 ? kMaxCluster : 1;
 }
 
 DeviceLimits limits_of(const cudaFuncAttributes& kernel, const DeviceScope& device) {
@@ -59,35 +51,6 @@ DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePla
           options.detach_mixture};
 }
 
-// The launch configuration of a plan. The attribute lives here since the configuration points to it.
-class Launch {
- public:
-  Launch(const DivergencePlan& plan, int64_t rows, int64_t dynamic_bytes, cudaStream_t stream) {
-    cluster_.id = cudaLaunchAttributeClusterDimension;
-    cluster_.val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
-    config_.gridDim = dim3(static_cast<unsigned>(rows * plan.cluster));
-    config_.blockDim = dim3(static_cast<unsigned>(plan.threads));
-    config_.dynamicSmemBytes = static_cast<size_t>(dynamic_bytes);
-    config_.stream = stream;
-    config_.attrs = &cluster_;
-    config_.numAttrs = plan.cluster > 1 ? 1 : 0;
-  }
-  Launch(const Launch&) = delete;
-  Launch& operator=(const Launch&) = delete;
-  const cudaLaunchConfig_t* config() const { return &config_; }
-
- private:
-  cudaLaunchAttribute cluster_ = {};
-  cudaLaunchConfig_t config_ = {};
-};
-
-// Whether the device can hold a cluster of this plan at all: a part of it (MIG) may have too few multiprocessors.
-bool fits(const DivergenceKernel& kernel, const Launch& launch) {
-  int clusters = 0;
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel.function, launch.config()));
-  return clusters > 0;
-}
-
 // Asks the device what it takes, and readies the kernel for any plan: shared memory may grow to all that a block can
 // have.
 DivergencePlan planned(const DivergenceKernel& kernel, const DivergenceShape& shape, const DeviceScope& device) {
@@ -98,8 +61,8 @@ DivergencePlan planned(const DivergenceKernel& kernel, const DivergenceShape& sh
                                       static_cast<int>(limits.block_bytes - attributes.sharedSizeBytes)));
   for (;; limits.cluster /= 2) {
     const DivergencePlan plan = plan_divergence(shape, limits);
-    const Launch launch(plan, 1, plan.dynamic_bytes(shape), device.stream());
-    if (plan.cluster == 1 || fits(kernel, launch)) return plan;
+    const ClusterLaunch launch(plan.cluster, 1, plan.threads, plan.dynamic_bytes(shape), device.stream());
+    if (launch.fits(kernel.function)) return plan;
   }
 }
 
@@ -129,7 +92,7 @@ void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const De
   const DivergenceShape shape = shape_of(kernel, call, vocab);
   const DivergencePlan plan = plans.of(kernel, shape, device);
   check_grid(call.rows * plan.cluster, vocab);
-  const Launch launch(plan, call.rows, plan.dynamic_bytes(shape), device.stream());
+  const ClusterLaunch launch(plan.cluster, call.rows, plan.threads, plan.dynamic_bytes(shape), device.stream());
   STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments_of(call, plan)));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -8,14 +8,6 @@
 
 namespace distillm {
 
-// What a filter keeps: keys above, and ids up to last_id at the key itself.
-struct Kept {
-  uint32_t key;
-  int32_t last_id;
-
-  __device__ bool operator()(uint32_t k, int id) const { return k > key || (k == key && id <= last_id); }
-};
-
 // Kept entries whose key starts with the digits found so far.
 struct Undecided {
   Kept within;
@@ -24,22 +16,20 @@ struct Undecided {
   __device__ bool operator()(uint32_t k, int id) const { return (k & mask) == digits && within(k, id); }
 };
 
-// Lists the entries that `inside` names; scratch.listed says how many there are, also where they do not fit.
+// Lists the entries that `inside` names; listed says how many there are, also where they do not fit. The list is empty
+// at the start, which all blocks know.
 template <class T>
-__device__ void list_candidates(const SampleRow<T>& row, Tempering tempering, SearchScratch& scratch,
-                                const Undecided& inside) {
+__device__ void list_candidates(const SampleRow<T>& row, SearchScratch& lead, const Undecided& inside) {
   constexpr int N = SampleRow<T>::N;
-  if (threadIdx.x == 0) scratch.listed = 0;
-  __syncthreads();
   const auto visit = [&](int first, float (&z)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const uint32_t key = ordered_key(z[i]);
-      if (z[i] > -CUDART_INF_F && inside(key, first + i)) append(scratch, key, first + i, tempering.weight(z[i]));
+      if (z[i] > -CUDART_INF_F && inside(key, first + i)) append(lead, key, first + i, row.tile_of(first + i));
     }
   };
   row.visit(visit, [](int) {});
-  __syncthreads();
+  row.cluster.synchronize();
 }
 
 // What an entry adds to a sum: 1 or its mass, if it is kept and weighs at least min_p.
@@ -57,9 +47,9 @@ struct Measure {
   }
 };
 
-// The sum of the measures of every tile, and of the row into scratch.total.
+// The sum of the measures of every tile.
 template <class T>
-__device__ void sum_tiles(const SampleRow<T>& row, SearchScratch& scratch, const Measure& measure) {
+__device__ void sum_tiles(const SampleRow<T>& row, SearchScratch& lead, const Measure& measure) {
   constexpr int N = SampleRow<T>::N;
   unsigned long long sum = 0;
   const auto visit = [&](int first, float (&z)[N]) {
@@ -68,19 +58,19 @@ __device__ void sum_tiles(const SampleRow<T>& row, SearchScratch& scratch, const
   };
   row.visit(visit, [&](int tile) {
     sum = warp_total(sum);
-    if (threadIdx.x % kWarp == 0) scratch.sums[tile] = sum;
+    if (threadIdx.x % kWarp == 0) lead.sums[tile] = sum;
     sum = 0;
   });
-  __syncthreads();
+  row.cluster.synchronize();
 }
 
 // The first entry of one chunk per lane at which the running sum exceeds `point`; writes it and its part.
 template <class T>
-__device__ bool locate_in_chunks(const SampleRow<T>& row, SearchScratch& scratch, const Measure& measure, int chunk,
-                                 unsigned long long point, unsigned long long& before) {
+__device__ bool locate_in_chunks(const SampleRow<T>& row, SearchScratch& scratch, const Measure& measure, int tile,
+                                 int j, unsigned long long point, unsigned long long& before) {
   constexpr int N = SampleRow<T>::N;
   unsigned long long sum = 0;
-  row.visit_one(chunk + threadIdx.x, [&](int first, float (&z)[N]) {
+  row.visit_one(tile, j, [&](int first, float (&z)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) sum += measure(first + i, z[i]);
   });
@@ -88,7 +78,7 @@ __device__ bool locate_in_chunks(const SampleRow<T>& row, SearchScratch& scratch
   if (lane < 0) return false;
   if (threadIdx.x != lane) return true;
   unsigned long long running = before;
-  row.visit_one(chunk + lane, [&](int first, float (&z)[N]) {
+  row.visit_one(tile, j, [&](int first, float (&z)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const unsigned long long part = measure(first + i, z[i]);
@@ -101,8 +91,17 @@ __device__ bool locate_in_chunks(const SampleRow<T>& row, SearchScratch& scratch
   return true;
 }
 
-// After sum_tiles, by one warp: the first id at which the running sum exceeds a point, into scratch.answer. The point
-// is given, or drawn from the total by `bits`.
+template <class T>
+__device__ void locate_in_tile(const SampleRow<T>& row, SearchScratch& scratch, const Measure& measure, int tile,
+                               unsigned long long point, unsigned long long before) {
+#pragma unroll 1
+  for (int j = 0; j < kLaneChunks; ++j) {
+    if (locate_in_chunks(row, scratch, measure, tile, j, point, before)) break;
+  }
+}
+
+// After sum_tiles, by one warp of the leader: the first id at which the running sum exceeds a point, into
+// scratch.answer. The point is given, or drawn from the total by `bits`.
 template <class T>
 __device__ void locate(const SampleRow<T>& row, SearchScratch& scratch, const Measure& measure, bool draws,
                        uint64_t bits_or_point) {
@@ -112,90 +111,107 @@ __device__ void locate(const SampleRow<T>& row, SearchScratch& scratch, const Me
     for (int tile = lane; tile < row.tiles; tile += kWarp) total += scratch.sums[tile];
     total = warp_total(total);
     const unsigned long long point = draws ? draw_point(bits_or_point, total) : bits_or_point;
-    int tile = 0, found = -1;
-    for (; tile < row.tiles; tile += kWarp) {
-      found = warp_locate(tile + lane < row.tiles ? scratch.sums[tile + lane] : 0, point, before);
-      if (found >= 0) break;
-    }
-    const int chunk = (tile + found) * kTileChunks;
-#pragma unroll 1
-    for (int j = 0; j < kLaneChunks; ++j) {
-      if (locate_in_chunks(row, scratch, measure, chunk + j * kWarp, point, before)) break;
-    }
+    const int tile = locate_part(scratch.sums, row.tiles, point, before);
+    locate_in_tile(row, scratch, measure, tile, point, before);
     if (lane == 0) scratch.total = total;
   }
   __syncthreads();
 }
 
-// Histogram of the digit at `shift` of what the measure admits, with sums per segment; complete on return.
+// Histogram of the digit at `shift` of what the measure admits.
 template <class T>
-__device__ void digit_histogram(const SampleRow<T>& row, SearchScratch& scratch, int shift, const Measure& measure) {
+__device__ void digit_histogram(const SampleRow<T>& row, ClusterScratch scratch, int shift, const Measure& measure) {
   constexpr int N = SampleRow<T>::N;
-  for (int i = threadIdx.x; i < kDigits; i += blockDim.x) scratch.sums[i] = 0;
-  __syncthreads();
+  for (int i = threadIdx.x; row.cluster.rank == 0 && i < kDigits; i += blockDim.x) scratch.own.sums[i] = 0;
+  row.cluster.synchronize();
   const auto visit = [&](int first, float (&z)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const unsigned long long part = measure(first + i, z[i]);
-      if (part > 0) atomicAdd(scratch.sums + (ordered_key(z[i]) >> shift & (kDigits - 1)), part);
+      if (part > 0) atomicAdd(scratch.lead.sums + (ordered_key(z[i]) >> shift & (kDigits - 1)), part);
     }
   };
   row.visit(visit, [](int) {});
-  __syncthreads();
-  sum_segments<kDigits>(scratch.sums, scratch);
-  __syncthreads();
+  row.cluster.synchronize();
 }
 
-// Of the listed candidates the one that completes the target, on top of `above`; by mass or by count. Where none does,
-// scratch.answer stays what it was.
+// Of the listed candidates in a bracket the one that completes the target, on top of `above`; by mass or by count.
+// Where none does, scratch.answer stays what it was.
 __device__ __forceinline__ Kept complete_in_list(SearchScratch& scratch, bool by_mass, unsigned long long above,
-                                                 unsigned long long target) {
+                                                 unsigned long long target, Bracket within = kAllKeys) {
   for (int i = threadIdx.x; i < scratch.listed; i += blockDim.x) {
-    const Preceding p = preceding(scratch, scratch.mass, i);
+    if (!within.holds(scratch.key[i])) continue;
+    const Preceding p = preceding(scratch, scratch.mass, i, within);
     const unsigned long long before = above + (by_mass ? p.mass : p.count), own = by_mass ? scratch.mass[i] : 1;
     if (before < target && target <= before + own) scratch.answer = i;
   }
   __syncthreads();
   const int answer = scratch.answer < 0 ? 0 : scratch.answer;
-  const Kept kept{scratch.key[answer], scratch.id[answer]};
-  return kept;
+  return {scratch.key[answer], scratch.id[answer]};
 }
 
-// The smallest set of largest logits among those kept so far that counts `top_k`, or has p of the mass: three digits of
-// the key, a pass each; after the first a list of the undecided takes the place of the others if it holds them.
-template <class T>
-__device__ Kept row_threshold(const SampleRow<T>& row, SearchScratch& scratch, Tempering tempering, Kept within,
-                              bool by_mass, int64_t top_k, float p) {
-  Measure measure{tempering, by_mass, {within, 0u, 0u}, 0.0f};
-  unsigned long long target = 0, above = 0;
-#pragma unroll 1
-  for (int step = 0, shift = 21; step < 3; ++step, shift = step == 1 ? 10 : 0) {
-    digit_histogram(row, scratch, shift, measure);
-    if (step == 0) {
-      const unsigned long long total = histogram_total(scratch), count = static_cast<unsigned long long>(top_k);
-      target = by_mass ? nucleus_mass(p, total) : count < total ? count : total;
-    }
-    const Digit d = find_digit<kDigits>(scratch.sums, scratch, target - 1 - above);
-    above += d.above;
-    measure.inside.digits |= static_cast<uint32_t>(d.digit) << shift;
-    measure.inside.mask = ~0u << shift;
-    __syncthreads();
-    if (step > 0) continue;
-    list_candidates(row, tempering, scratch, measure.inside);
-    if (scratch.listed > kListed) continue;
-    const Kept kept = complete_in_list(scratch, by_mass, above, target);
-    __syncthreads();
-    return kept;
+// What a filter is to keep: so many of the largest, or the smallest set of them that has p of the mass.
+struct Goal {
+  bool by_mass;
+  int64_t top_k;
+  float p;
+
+  // `total`: the measure of all that there is.
+  __device__ unsigned long long target(unsigned long long total) const {
+    const unsigned long long count = static_cast<unsigned long long>(top_k);
+    return by_mass ? nucleus_mass(p, total) : count < total ? count : total;
   }
-  // Equal logits measure the same: how many of them complete the target, and the id of the last.
-  const uint32_t key = measure.inside.digits;
-  const unsigned long long each = measure.whole(number_of_key(key));
-  measure.by_mass = false;
-  sum_tiles(row, scratch, measure);
-  locate(row, scratch, measure, false, (target - above + each - 1) / each - 1);
-  const Kept kept{key, scratch.answer};
+};
+
+// The leader's share of a radix step: the digit that completes the target. Target and the sum above are its own.
+__device__ __forceinline__ void choose_digit(SearchScratch& scratch, const Goal& goal, bool first,
+                                             unsigned long long& target, unsigned long long& above) {
+  sum_segments<kDigits>(scratch.sums, scratch);
   __syncthreads();
-  return kept;
+  if (first) target = goal.target(histogram_total(scratch));
+  const Digit found = find_digit<kDigits>(scratch.sums, scratch, target - 1 - above);
+  above += found.above;
+  if (threadIdx.x == 0) scratch.digit = found.digit;
+  clear_list(scratch);
+}
+
+// The filter's threshold among those kept so far: three digits of the key, a pass each; after the first a list of the
+// undecided takes the place of the others if it holds them.
+template <class T>
+__device__ Kept row_threshold(const SampleRow<T>& row, ClusterScratch scratch, Tempering tempering, Kept within,
+                              const Goal& goal) {
+  const bool leads = row.cluster.rank == 0;
+  Measure measure{tempering, goal.by_mass, {within, 0u, 0u}, 0.0f};
+  unsigned long long target = 0, above = 0;
+  bool listed = false;
+#pragma unroll 1
+  for (int step = 0, shift = 21; step < 3 && !listed; ++step, shift = step == 1 ? 10 : 0) {
+    digit_histogram(row, scratch, shift, measure);
+    if (leads) choose_digit(scratch.own, goal, step == 0, target, above);
+    row.cluster.synchronize();
+    measure.inside.digits |= static_cast<uint32_t>(scratch.lead.digit) << shift;
+    measure.inside.mask = ~0u << shift;
+    if (step > 0) continue;
+    list_candidates(row, scratch.lead, measure.inside);
+    listed = scratch.lead.listed <= kListed;
+  }
+  Kept kept{measure.inside.digits, 0};
+  if (listed) {
+    if (leads) weigh_list(scratch.own, tempering);
+    if (leads) kept = complete_in_list(scratch.own, goal.by_mass, above, target);
+  } else {
+    // Equal logits measure the same: how many of them complete the target, and the id of the last.
+    const unsigned long long each = measure.whole(number_of_key(kept.key));
+    measure.by_mass = false;
+    sum_tiles(row, scratch.lead, measure);
+    if (leads) {
+      locate(row, scratch.own, measure, false, (target - above + each - 1) / each - 1);
+      kept.last_id = scratch.own.answer;
+    }
+  }
+  if (leads && threadIdx.x == 0) scratch.own.kept = kept;
+  row.cluster.synchronize();
+  return scratch.lead.kept;
 }
 
 }  // namespace distillm

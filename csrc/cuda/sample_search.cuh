@@ -1,5 +1,7 @@
 // Integer searches of `sample_tokens` over shared memory: a digit of a histogram, a position in the tiles of a row, a
 // threshold among listed candidates. Sums of integers only: the result does not depend on the order of threads.
+//
+// All blocks of a row's cluster add to the memory of the first one, the leader, which alone searches there.
 #pragma once
 
 #include <cstddef>
@@ -14,23 +16,54 @@ constexpr int kListed = 1024;  // candidates that are ranked by comparing each w
 constexpr int kSegments = kWarp;
 constexpr int kMostTiles = 2064;  // of the longest row: 2^20 entries, 4 per chunk, 128 chunks per tile
 
+// What a filter keeps: keys above, and ids up to last_id at the key itself.
+struct Kept {
+  uint32_t key;
+  int32_t last_id;
+
+  __device__ bool operator()(uint32_t k, int id) const { return k > key || (k == key && id <= last_id); }
+};
+
+// Keys above `high` are kept for sure, keys below `low` are not. {0, 0} is the bracket of no filter: it holds no entry.
+struct Bracket {
+  uint32_t low, high;
+
+  __device__ bool holds(uint32_t key) const { return low <= key && key <= high; }
+};
+
 // What the searches share. `sums` holds a histogram, the masses of the tiles, or the masses of kept candidates. The
-// bins of pass 1 lie over it and the list, which come later.
+// bins of pass 1 lie over it and the list, which come later. While a list is made `overflow` counts per tile what it
+// has no room for; then come the masses of what is listed.
 struct SearchScratch {
   unsigned long long sums[kMostTiles];
-  unsigned long long mass[kListed];
+  union {
+    unsigned long long mass[kListed];
+    uint32_t overflow[kMostTiles];
+  };
   uint32_t key[kListed];
   int32_t id[kListed];
   unsigned long long segment[kSegments];
-  unsigned long long warp_sum[kMaxWarps];
-  int32_t listed;  // how many candidates there were, listed or not
+  unsigned long long above, within, total, part;  // above, within: of pass 2 (sample_bracket.cuh)
+  int32_t count;                                  // likewise
+  int32_t listed;                                 // how many candidates there were, listed or not
+  uint32_t lowest, highest;                       // keys among those not listed
   int32_t answer;
-  unsigned long long total, part;
+  // What the leader found out, for all blocks.
+  int32_t digit;
+  bool resolved;
+  Bracket by_count, by_mass;
+  Kept kept;
 
   __device__ uint32_t* bins() { return reinterpret_cast<uint32_t*>(sums); }
   __device__ const uint32_t* bins() const { return reinterpret_cast<const uint32_t*>(sums); }
 };
 static_assert(offsetof(SearchScratch, segment) >= kBins * sizeof(uint32_t), "the bins fit");
+
+// A block's own scratch, and the leader's: the same in the leader, which knows its own to be near.
+struct ClusterScratch {
+  SearchScratch& own;
+  SearchScratch& lead;
+};
 
 // The first lane at which the running sum of a warp, on top of `before`, exceeds `point`; -1 where none does. `before`
 // becomes the sum up to that lane, or of all.
@@ -80,27 +113,67 @@ __device__ Digit find_digit(const Histogram& histogram, const SearchScratch& scr
   return {-1, above};  // unreachable: the segment exceeds the point
 }
 
-// Appends an entry to the list, whose order does not matter.
-__device__ __forceinline__ void append(SearchScratch& scratch, uint32_t key, int id, float weight) {
-  const int at = atomicAdd(&scratch.listed, 1);
-  if (at >= kListed) return;
-  scratch.key[at] = key;
-  scratch.id[at] = id;
-  scratch.mass[at] = mass_of(weight);
+// The leader empties the list, before a barrier of the cluster.
+__device__ __forceinline__ void clear_list(SearchScratch& scratch) {
+  for (int tile = threadIdx.x; tile < kMostTiles; tile += blockDim.x) scratch.overflow[tile] = 0;
+  if (threadIdx.x > 0) return;
+  scratch.listed = 0;
+  scratch.lowest = ~0u;
+  scratch.highest = 0;
+  scratch.answer = -1;
 }
 
-// Of the listed candidates before i in the order of selection: larger logits first, lower ids among equal ones.
+// Appends an entry to the list, whose order does not matter.
+__device__ __forceinline__ void append(SearchScratch& scratch, uint32_t key, int id, int tile) {
+  const int at = atomicAdd(&scratch.listed, 1);
+  if (at < kListed) {
+    scratch.key[at] = key;
+    scratch.id[at] = id;
+    return;
+  }
+  atomicAdd(scratch.overflow + tile, 1u);
+  atomicMin(&scratch.lowest, key);
+  atomicMax(&scratch.highest, key);
+}
+
+// The leader's share once the list is complete and holds all.
+__device__ __forceinline__ void weigh_list(SearchScratch& scratch, Tempering tempering) {
+  for (int i = threadIdx.x; i < scratch.listed; i += blockDim.x) {
+    scratch.mass[i] = mass_of(tempering.weight(number_of_key(scratch.key[i])));
+  }
+  __syncthreads();
+}
+
+// The first of so many parts, in order, at which the running sum exceeds `point`, by one warp; `before`: the sum before
+// it. One of them does.
+template <class Part>
+__device__ int locate_part(const Part* part, int count, unsigned long long point, unsigned long long& before) {
+  const int lane = threadIdx.x;
+  before = 0;
+  for (int first = 0; first < count; first += kWarp) {
+    const int found = warp_locate(first + lane < count ? part[first + lane] : 0, point, before);
+    if (found >= 0) return first + found;
+  }
+  return count - 1;  // unreachable
+}
+
+// Of the listed candidates in a bracket those before i in the order of selection: larger logits first, lower ids among
+// equal ones.
 struct Preceding {
   int count;
   unsigned long long mass;
 };
 
-__device__ __forceinline__ Preceding preceding(const SearchScratch& scratch, const unsigned long long* mass, int i) {
+constexpr Bracket kAllKeys{0u, ~0u};
+
+__device__ __forceinline__ Preceding preceding(const SearchScratch& scratch, const unsigned long long* mass, int i,
+                                               Bracket within = kAllKeys) {
   Preceding sum{0, 0};
   const uint32_t key = scratch.key[i];
   const int id = scratch.id[i];
   for (int j = 0; j < scratch.listed; ++j) {
-    const bool before = scratch.key[j] > key || (scratch.key[j] == key && scratch.id[j] < id);
+    const bool larger = scratch.key[j] > key && scratch.key[j] <= within.high;
+    const bool before = larger || (scratch.key[j] == key && scratch.id[j] < id);
     sum.count += before;
     sum.mass += before ? mass[j] : 0;
   }

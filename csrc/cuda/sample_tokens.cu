@@ -1,8 +1,7 @@
-// `sample_tokens` on CUDA: one block per row, as much of the row in shared memory as a block may have.
-#include <algorithm>
-
+// `sample_tokens` on CUDA: one block per row, or a cluster of blocks where one has not room for the row.
 #include "../ops/sample_tokens.h"
-#include "launch.h"
+#include "cluster_launch.h"
+#include "sample_plan.h"
 #include "sample_tokens.cuh"
 
 namespace distillm {
@@ -26,31 +25,30 @@ SampleKernel kernel_for(ScalarType type) {
   }
 }
 
-// Rows share a multiprocessor as their staging allows; the threads of those blocks together should fill it. A warp
-// visits whole tiles.
-int threads_per_block(int64_t shared_bytes, int64_t chunks) {
-  const int64_t filling = shared_bytes > 72 * 1024 ? kSampleThreads : shared_bytes > 36 * 1024 ? 512 : 256;
-  const int64_t useful = (chunks + kTileChunks - 1) / kTileChunks * kWarp;
-  return static_cast<int>(std::min(filling, useful));
-}
-
 void launch(const SampleTensors& t, const DeviceScope& device) {
   const SampleKernel kernel = kernel_for(t.type);
   const int vocab = static_cast<int>(t.call.vocab);
-  check_grid(t.call.rows, vocab);
   const int64_t chunks = most_chunks(vocab, kernel.chunk_entries);
   const int64_t bitmaps = t.call.previous || t.call.banned ? int64_t{4} * bitmap_words(vocab) : 0;
   const int64_t room =
       device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(sizeof(SampleScratch)) - bitmaps;
   STD_TORCH_CHECK(room >= 0, "previous_tokens and banned need ", bitmaps,
                   " bytes of shared memory for this vocabulary, more than a block has on this device");
-  const int64_t staged = std::min(chunks, room / 16), shared_bytes = bitmaps + staged * 16;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared_bytes)));
-  const dim3 grid(static_cast<unsigned>(t.call.rows));
-  const int threads = threads_per_block(shared_bytes, chunks);
-  kernel.function<<<grid, threads, shared_bytes, device.stream()>>>({t.call, static_cast<int32_t>(staged)});
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
+  for (int64_t most = most_blocks_of_cluster(attributes, device);; most /= 2) {
+    const SamplePlan plan = plan_sample(chunks, room / 16, bitmaps, most);
+    const int64_t shared_bytes = bitmaps + 16 * plan.staged_chunks;
+    check_grid(t.call.rows * plan.cluster, vocab);
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+    const ClusterLaunch launch(plan.cluster, t.call.rows, plan.threads, shared_bytes, device.stream());
+    if (!launch.fits(kernel.function)) continue;
+    const SampleArguments arguments{t.call, static_cast<int32_t>(plan.staged_chunks)};
+    STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(

@@ -2,83 +2,25 @@
 //
 //   logits [R, V], float, bfloat16 or float16, any row stride -> token [R], its two log-probabilities, valid [R]
 //
-// One block per row; lanes visit chunks of 16 bytes (sample_row.cuh). Pass 1: maximum, softmax statistics at T = 1 and,
-// where a filter needs a bound, counts of logits in bins (sample_bracket.cuh). Pass 2:
+// One cluster of blocks per row, mostly of one block; lanes visit chunks of 16 bytes (sample_row.cuh). Pass 1: maximum,
+// softmax statistics at T = 1 and, where a filter needs a bound, counts of logits in bins (sample_bracket.cuh). Pass 2:
 //   no filter, min-p    masses of tiles of entries, one tile once more;
-//   top-k up to 1024    lists the entries that reach the k-th largest chunk maximum; the list is all that is looked at;
-//   top-p, larger top-k lists the entries around the threshold, and masses of tiles of those above it.
-// A list (up to 1024) that is too short for its entries, which takes many equal or nearly equal logits, and top-k above
-// 1024 together with top-p: the threshold by radix search (sample_filter.cuh), 2 to 4 passes per filter.
+//   small top-k         lists the entries that reach the k-th largest chunk maximum; the list is all that is looked at;
+//   top-p, larger top-k lists the entries around the thresholds, and masses of tiles of those above them.
+// A list (up to 1024) that is too short for its entries, unless they are all equal (sample_ties.cuh), or a bracket that
+// missed: the threshold by radix search (sample_filter.cuh), 2 to 5 passes per filter.
 // Neither weights nor a sorted row nor a mask is ever written. Each logit is read from memory once where the row fits
-// in shared memory; of longer rows the first part is kept there and the rest is read once per pass.
+// in the shared memory of a block or, on compute capability 9.0 to 11.x, of a cluster (fp32: V <= 390,000 at 227 KB);
+// of longer rows the first part is kept there and the rest is read once per pass: twice in all, but for the search.
 //
 // Masses are 64-bit integers (math/token_mass.h): the token is the CPU kernel's, bit for bit.
 #pragma once
 
-#include "sample_bracket.cuh"
+#include "sample_statistics.cuh"
 
 namespace distillm {
 
 constexpr int kSampleThreads = 768;  // which leaves 80 registers to each
-
-struct SampleScratch {
-  PartialExpSums raw;
-  PartialSums maximum, first_maximum;
-  SearchScratch search;
-};
-
-struct RowStatistics {
-  ExpSum raw;     // of the logits as they are, at T = 1
-  float maximum;  // after penalty and mask
-};
-
-// What pass 1 counts in the bins.
-enum class Counted { kNothing, kChunkMaxima, kEntries };
-
-// Whatever a list or a bracket will serve.
-__device__ __forceinline__ Counted counted_by(const SamplingRule& rule, bool limits_count) {
-  if (rule.greedy()) return Counted::kNothing;
-  if (!limits_count) return rule.top_p < 1 ? Counted::kEntries : Counted::kNothing;
-  if (rule.top_k > kListed / 2 && rule.top_p == 1) return Counted::kEntries;
-  return rule.top_k <= kListed ? Counted::kChunkMaxima : Counted::kNothing;
-}
-
-// Clears the bins; the reference of the bins is the maximum of the first tiles.
-template <class T>
-__device__ Binning binning_of(const SampleRow<T>& row, float scale, SampleScratch& scratch) {
-  for (int i = threadIdx.x; i < kBins; i += blockDim.x) scratch.search.bins()[i] = 0;
-  return {fmaxf(block_max(row.largest_of_first(), scratch.first_maximum), -CUDART_MAX_NORMAL_F), scale};
-}
-
-// Pass 1.
-template <class T>
-__device__ RowStatistics row_statistics(const SampleRow<T>& row, Counted counted, const Binning& binning,
-                                        SampleScratch& scratch) {
-  constexpr int N = SampleRow<T>::N;
-  const float scale = static_cast<float>(kLog2E);
-  uint32_t* const bins = scratch.search.bins();
-  const auto count = [&](float z) {
-    if (z > -CUDART_INF_F) atomicAdd(bins + binning.bin(z), 1u);
-  };
-  ExpSum raw = ExpSum::empty();
-  float maximum = -CUDART_INF_F;
-  const auto visit = [&](int first, float (&z)[N]) {
-    raw.add(z, scale);
-    row.adjust(first, z);
-    float highest = -CUDART_INF_F;
-#pragma unroll
-    for (int i = 0; i < N; ++i) highest = fmaxf(highest, z[i]);
-    maximum = fmaxf(maximum, highest);
-    if (counted == Counted::kChunkMaxima) count(highest);
-    if (counted != Counted::kEntries) return;
-#pragma unroll
-    for (int i = 0; i < N; ++i) count(z[i]);
-  };
-  row.visit_raw(counted != Counted::kNothing, visit);
-  publish(raw, scale, scratch.raw);
-  maximum = block_max(maximum, scratch.maximum);
-  return {collect(scratch.raw, scale), maximum};
-}
 
 __device__ __forceinline__ unsigned long long list_total(const unsigned long long* mass, int count) {
   unsigned long long total = 0;
@@ -118,59 +60,115 @@ __device__ __forceinline__ void draw_from_list(const SamplingRule& rule, SearchS
 // Filters by radix search over the row.
 template <class T>
 __device__ Kept search_threshold(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count,
-                                 Tempering tempering, SearchScratch& scratch) {
+                                 Tempering tempering, ClusterScratch scratch) {
   Kept kept{0u, INT32_MAX};
 #pragma unroll 1
   for (int filter = 0; filter < 2; ++filter) {
     if (filter == 0 ? limits_count : rule.top_p < 1) {
-      kept = row_threshold(row, scratch, tempering, kept, filter == 1, rule.top_k, rule.top_p);
+      kept = row_threshold(row, scratch, tempering, kept, {filter == 1, rule.top_k, rule.top_p});
     }
   }
   return kept;
 }
 
+// The leader's share between pass 1 and pass 2: where the thresholds lie, as the counts tell. Without top-p the bracket
+// of top-k serves for both.
+__device__ __forceinline__ void open_brackets(const SamplingRule& rule, Counted counted, bool limits_count,
+                                              const Binning& binning, float maximum, SearchScratch& scratch) {
+  Bracket by_count{0u, 0u};
+  int last = 0;
+  float share = 1;
+  if (limits_count) {
+    const Digit found = bin_of_count(scratch, rule.top_k);
+    last = max(found.digit, 0);
+    by_count = bracket_of(binning, last, last);
+    if (found.digit < 0) by_count.low = 0;
+    if (counted == Counted::kChunkMaxima) by_count.high = ~0u;
+    share = static_cast<float>(rule.top_k - static_cast<int64_t>(found.above)) / scratch.bins()[last];
+    __syncthreads();
+  }
+  Bracket by_mass = by_count;
+  if (counted == Counted::kEntries && rule.top_p < 1) {
+    const BinMasses masses{scratch.bins(), binning.bin(maximum), binning.per_octave};
+    sum_segments<kBins>(masses, scratch);
+    __syncthreads();
+    const float whole =
+        limits_count ? mass_from(masses, last, fminf(share, 1.0f)) : static_cast<float>(histogram_total(scratch));
+    by_mass = bracket_of_mass(scratch, binning, masses, whole, rule.top_p);
+  }
+  __syncthreads();  // the list lies over the bins
+  clear_list(scratch);
+  for (int tile = threadIdx.x; tile < kMostTiles; tile += blockDim.x) scratch.sums[tile] = 0;
+  if (threadIdx.x > 0) return;
+  scratch.by_count = by_count;
+  scratch.by_mass = {by_mass.low, max(by_mass.high, by_count.high)};
+  scratch.count = 0;
+  scratch.above = scratch.within = 0;
+}
+
+// Pass 2 over the listed entries alone. False where they are too many.
+template <class T>
+__device__ bool draw_among_listed(const SampleRow<T>& row, const SamplingRule& rule, Tempering tempering,
+                                  ClusterScratch scratch) {
+  list_candidates(row, scratch.lead, {{scratch.lead.by_count.low, INT32_MAX}, 0u, 0u});
+  const bool all = scratch.lead.listed <= kListed;
+  if (all && row.cluster.rank == 0) {
+    weigh_list(scratch.own, tempering);
+    draw_from_list(rule, scratch.own);
+  }
+  return all;
+}
+
+// Pass 2 with brackets, or what is left to do where the list of candidates overflowed. False where a bracket misses.
+template <class T>
+__device__ bool filter_by_brackets(const SampleRow<T>& row, const SamplingRule& rule, bool limits_count,
+                                   Tempering tempering, bool listed, ClusterScratch scratch) {
+  if (!listed) bracket_pass(row, scratch.lead, tempering, rule.min_p, scratch.lead.by_count, scratch.lead.by_mass);
+  if (row.cluster.rank == 0) {
+    const bool resolved = resolve_brackets(row, rule, limits_count, tempering, scratch.own);
+    if (threadIdx.x == 0) scratch.own.resolved = resolved;
+  }
+  row.cluster.synchronize();
+  return scratch.lead.resolved;
+}
+
 // Pass 2 and what may follow it. `binning` is used where pass 1 counted.
 template <class T>
 __device__ void filter_and_draw(const SampleRow<T>& row, const SamplingRule& rule, Counted counted,
-                                const Binning& binning, Tempering tempering, SearchScratch& scratch) {
-  const bool limits_count = rule.limits_count(row.vocab);
-  if (counted == Counted::kChunkMaxima) {
-    const int bin = bin_of_count(scratch, rule.top_k);
-    const uint32_t lowest = binning.key(static_cast<float>(bin) - 0.25f);
-    list_candidates(row, tempering, scratch, {{lowest, INT32_MAX}, 0u, 0u});
-    if (scratch.listed <= kListed) return draw_from_list(rule, scratch);
+                                const Binning& binning, Tempering tempering, ClusterScratch scratch) {
+  const bool limits_count = rule.limits_count(row.vocab), leads = row.cluster.rank == 0;
+  if (counted != Counted::kNothing) {
+    if (leads) open_brackets(rule, counted, limits_count, binning, tempering.maximum, scratch.own);
+    row.cluster.synchronize();
   }
+  const bool lists = counted == Counted::kChunkMaxima;
+  if (lists && draw_among_listed(row, rule, tempering, scratch)) return;
   Measure measure{tempering, true, {{0u, INT32_MAX}, 0u, 0u}, rule.min_p};
-  bool summed = false;
-  if (counted == Counted::kEntries) {
-    const int bin = limits_count ? max(bin_of_count(scratch, rule.top_k), 0) : 0;
-    const Bracket bracket =
-        limits_count ? bracket_of(binning, bin, bin) : bracket_of_mass(scratch, binning, tempering.maximum, rule.top_p);
-    summed = bracket_threshold(row, rule, !limits_count, tempering, bracket, scratch, measure.inside.within);
-  }
-  if (!summed) {
+  if (counted != Counted::kNothing && filter_by_brackets(row, rule, limits_count, tempering, lists, scratch)) {
+    measure.inside.within = scratch.lead.kept;
+  } else {
     measure.inside.within = search_threshold(row, rule, limits_count, tempering, scratch);
-    sum_tiles(row, scratch, measure);
+    sum_tiles(row, scratch.lead, measure);
   }
-  locate(row, scratch, measure, true, rule.bits);
+  if (leads) locate(row, scratch.own, measure, true, rule.bits);
 }
 
 template <class T>
-__device__ void take_maximum(const SampleRow<T>& row, float maximum, SearchScratch& scratch) {
+__device__ void take_maximum(const SampleRow<T>& row, float maximum, ClusterScratch scratch) {
   constexpr int N = SampleRow<T>::N;
-  if (threadIdx.x == 0) {
-    scratch.answer = INT32_MAX;
-    scratch.part = scratch.total = 1;
+  if (row.cluster.thread() == 0) {
+    scratch.own.answer = INT32_MAX;
+    scratch.own.part = scratch.own.total = 1;
   }
-  __syncthreads();
+  row.cluster.synchronize();
   const auto visit = [&](int first, float (&z)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (z[i] == maximum) atomicMin(&scratch.answer, first + i);
+      if (z[i] == maximum) atomicMin(&scratch.lead.answer, first + i);
     }
   };
   row.visit(visit, [](int) {});
-  __syncthreads();
+  row.cluster.synchronize();
 }
 
 template <class T>
@@ -190,36 +188,44 @@ __device__ __forceinline__ void write_no_token(const SampleCall& call, int64_t i
   call.valid[index] = false;
 }
 
-// Blocks of whole warps; dynamic shared memory: the bitmaps where there are lists, then 16 bytes per staged chunk;
-// grid.x = rows.
+// Blocks of whole warps, in clusters; grid.x = rows * blocks of a cluster; dynamic shared memory: the bitmaps where
+// there are lists, then 16 bytes per staged chunk.
 template <class T>
 __global__ void __launch_bounds__(kSampleThreads, 1) sample_tokens_kernel(const SampleArguments a) {
   __shared__ SampleScratch scratch;
   extern __shared__ uint4 dynamic_shared[];
-  const int64_t index = blockIdx.x;
-  const SamplingRule rule = rule_of(a.call, index);
-  const SampleRow<T> row(a, index, rule.penalty, dynamic_shared);
-  const bool legal = rule.legal(), limits_count = rule.limits_count(row.vocab);
-  if (!legal) {
-    if (threadIdx.x == 0) write_no_token(a.call, index);
+  const Cluster cluster = Cluster::current();
+  const int64_t index = blockIdx.x / cluster.size;
+  if (threadIdx.x == 0) scratch.rule = rule_of(a.call, index);
+  __syncthreads();
+  const SamplingRule& rule = scratch.rule;
+  const bool writes = cluster.thread() == 0;
+  if (!rule.legal()) {
+    if (writes) write_no_token(a.call, index);
     return;
   }
+  cluster.announce_start();
+  const SampleRow<T> row(a, index, rule.penalty, cluster, dynamic_shared);
   row.read_lists(a.call, index);
   const float scale = tempering_scale(rule.temperature);
-  const Counted counted = counted_by(rule, limits_count);
-  Binning binning{0.0f, scale};
+  const Counted counted = counted_by<SampleRow<T>::N>(rule, rule.limits_count(row.vocab));
+  cluster.await_start();
+  Binning binning{0.0f, scale, kBinsPerOctave};
   if (counted != Counted::kNothing) binning = binning_of(row, scale, scratch);
   const RowStatistics statistics = row_statistics(row, counted, binning, scratch);
   if (!(statistics.raw.sum > 0) || !(statistics.maximum > -CUDART_INF_F)) {
-    if (threadIdx.x == 0) write_no_token(a.call, index);
+    if (writes) write_no_token(a.call, index);
     return;
   }
+  if (threadIdx.x == 0) scratch.row_raw = statistics.raw;
+  const ClusterScratch search{scratch.search, *cluster.in_block(&scratch.search, 0)};
   if (rule.greedy()) {
-    take_maximum(row, statistics.maximum, scratch.search);
+    take_maximum(row, statistics.maximum, search);
   } else {
-    filter_and_draw(row, rule, counted, binning, {statistics.maximum, scale}, scratch.search);
+    filter_and_draw(row, rule, counted, binning, {statistics.maximum, scale}, search);
   }
-  if (threadIdx.x == 0) write_token(a.call, index, row, statistics.raw, scratch.search);
+  if (writes) write_token(a.call, index, row, scratch.row_raw, scratch.search);
+  if (cluster.size > 1) cluster.synchronize();  // until then the leader reads what other blocks stage
 }
 
 }  // namespace distillm
