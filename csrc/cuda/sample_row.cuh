@@ -169,7 +169,7 @@ struct SampleRow {
     load_and_stage(own, loaded);
 #pragma unroll 1
     for (int j = 0; j < kLaneChunks; ++j) {
-      visit_loaded(slots, slot(own, j), chunk(own, j), [&](int, float (&z)[N]) { range.add(z); });
+      visit_loaded(slot(own, j), chunk(own, j), [&](int, float (&z)[N]) { range.add(z); });
     }
     return range;
   }
@@ -178,7 +178,7 @@ struct SampleRow {
   __device__ Range range_of_sample() const {
     Range range = Range::empty();
     const int chunk = static_cast<int>(static_cast<int64_t>(threadIdx.x) * tiles * kTileChunks / blockDim.x);
-    visit_loaded(slots, staged, chunk, [&](int, float (&z)[N]) { range.add(z); });  // from memory
+    visit_loaded(staged, chunk, [&](int, float (&z)[N]) { range.add(z); });  // from memory
     return range;
   }
 
@@ -189,7 +189,7 @@ struct SampleRow {
 #pragma unroll 1
     for (int own = threadIdx.x / kWarp; own < count; own += warps) {
 #pragma unroll 1
-      for (int j = 0; j < kLaneChunks; ++j) visit_loaded(slots, slot(own, j), chunk(own, j), visit_chunk);
+      for (int j = 0; j < kLaneChunks; ++j) visit_loaded(slot(own, j), chunk(own, j), visit_chunk);
       end_tile(tile(own));
     }
   }
@@ -197,15 +197,21 @@ struct SampleRow {
   // The same for this lane's j-th chunk of any tile, whichever block of the cluster stages it.
   template <class VisitChunk>
   __device__ void visit_one(int tile, int j, VisitChunk&& visit_chunk) const {
-    const uint4* const other = cluster.size > 1 ? cluster.in_block(slots, tile % cluster.size) : slots;
-    visit_loaded(other, slot(tile / cluster.size, j), slot(tile, j), visit_chunk);
+    const int own = slot(tile / cluster.size, j), in_row = slot(tile, j);
+    visit_unpacked(own < staged ? load_aligned<T, N>(cluster.in_block(slots + own, tile % cluster.size))
+                                : load_from_memory(in_row),
+                   in_row, visit_chunk);
   }
 
  private:
   template <class VisitChunk>
-  __device__ void visit_loaded(const uint4* staging, int slot, int chunk, VisitChunk&& visit_chunk) const {
+  __device__ void visit_loaded(int slot, int chunk, VisitChunk&& visit_chunk) const {
+    visit_unpacked(slot < staged ? load_aligned<T, N>(slots + slot) : load_from_memory(chunk), chunk, visit_chunk);
+  }
+  template <class VisitChunk>
+  __device__ void visit_unpacked(const Loaded& loaded, int chunk, VisitChunk&& visit_chunk) const {
     float z[N];
-    unpack(slot < staged ? load_aligned<T, N>(staging + slot) : load_from_memory(chunk), z);
+    unpack(loaded, z);
     const int first = first_entry(chunk);
     adjust(first, z);
     visit_chunk(first, z);
