@@ -67,30 +67,34 @@ __device__ RowSoftmaxes softmaxes_of_extreme_row(const RowPair<Student, Teacher>
   const float unit_scale = static_cast<float>(kLog2E);
   const int vocab = max(rows.student.vocab, rows.teacher.vocab);
   Origins highest{-FLT_MAX, -FLT_MAX};
-  rows.visit(vocab, [&](Place place) {
-    float student_logits[N], teacher_logits[N];
-    rows.logits(place, student_logits, teacher_logits);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      highest.student = fmaxf(highest.student, student_logits[i]);
-      highest.teacher = fmaxf(highest.teacher, teacher_logits[i]);
-    }
-  });
-  highest = {scratch.student_highest.over({}, highest.student, rows.cluster),
-             scratch.teacher_highest.over({}, highest.teacher, rows.cluster)};
   ShiftedSum student{0, 0}, teacher{0, 0}, unit{0, 0};
-  rows.visit(vocab, [&](Place place) {
-    float student_logits[N], teacher_logits[N];
-    rows.logits(place, student_logits, teacher_logits);
+#pragma unroll 1  // one copy of the walk serves both visits
+  for (int visit = 0; visit < 2; ++visit) {
+    rows.visit(vocab, [&](Place place) {
+      float student_logits[N], teacher_logits[N];
+      rows.logits(place, student_logits, teacher_logits);
+      if (visit == 0) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      student_logits[i] -= highest.student;
-      teacher_logits[i] -= highest.teacher;
+        for (int i = 0; i < N; ++i) {
+          highest.student = fmaxf(highest.student, student_logits[i]);
+          highest.teacher = fmaxf(highest.teacher, teacher_logits[i]);
+        }
+        return;
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        student_logits[i] -= highest.student;
+        teacher_logits[i] -= highest.teacher;
+      }
+      student.add(student_logits, scale);
+      teacher.add(teacher_logits, scale);
+      if (own_unit) unit.add(student_logits, unit_scale);
+    });
+    if (visit == 0) {
+      highest = {scratch.student_highest.over({}, highest.student, rows.cluster),
+                 scratch.teacher_highest.over({}, highest.teacher, rows.cluster)};
     }
-    student.add(student_logits, scale);
-    teacher.add(teacher_logits, scale);
-    if (own_unit) unit.add(student_logits, unit_scale);
-  });
+  }
   return softmaxes_of(student, teacher, unit, own_unit, scale, highest, scratch, rows.cluster);
 }
 
