@@ -108,11 +108,12 @@ def test_interpolated_of_far_apart_and_masked_rows(rng):
 
 
 @pytest.mark.parametrize("staged", [None, 1])
-def test_interpolated_of_sides_without_overlap(staged, rng):
+@pytest.mark.parametrize("apart", [120, 500, 1e4])
+def test_interpolated_of_sides_without_overlap(apart, staged, rng):
     """The sum of exponentials of the blend underflows, and the pass is made once more."""
     student, teacher = logits(rng, 3, 333, F32), logits(rng, 3, 333, F32)
-    student[:, ::2] += 120
-    teacher[:, 1::2] += 120
+    student[:, ::2] += apart
+    teacher[:, 1::2] += apart
     student[1, 1::2] -= 70
     student[2, ::3] = teacher[2, ::5] = -np.inf
     for in_place in (False, True):

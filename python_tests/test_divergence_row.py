@@ -154,6 +154,19 @@ def test_interpolated_where_one_side_is_masked(dtype):
     assert infinite[0].isinf().all() and (infinite[1] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("apart", (50, 500, 1e4))
+def test_interpolated_of_sides_without_overlap(dtype, apart):
+    """Large logarithms cancel in every entry of the blend: all digits are left."""
+    student, teacher = logits(3, 1500, dtype, 1), logits(3, 1500, dtype, 2)
+    student[:, ::2] += apart
+    teacher[:, 1::2] += apart
+    student[1, ::3] = teacher[1, ::5] = -torch.inf
+    options = dict(divergence="interpolated", alpha=0.4)
+    value, gradient = run(student, teacher, torch.ones(3), **options)
+    assert_close(value, gradient, *oracle(student, teacher, torch.ones(3), **options), dtype)
+
+
 # ---- both
 
 

@@ -171,8 +171,10 @@ struct InterpolatedMember {
     RowSoftmaxes<Real> softmaxes =
         task.metrics() ? row_softmaxes(task)
                        : RowSoftmaxes<Real>{exponentials_of(task.student, task.vocab, task.scale(), task.q), {}};
-    const BlendedRow<Real> blended(task.student, softmaxes.q.maximum, task.teacher, task.parameters.alpha);
-    softmaxes.p = exponentials_of(blended, task.vocab, task.scale(), task.p);
+    const BlendedRow<Real> roughly(task.student, softmaxes.q.maximum, task.teacher, task.parameters.alpha);
+    softmaxes.p = exponentials_of(roughly, task.vocab, task.scale(), task.p);
+    const BlendedRow<Real> blended = roughly.around(softmaxes.p.maximum);
+    if (blended.precise) softmaxes.p = exponentials_of(blended, task.vocab, task.scale(), task.p);
     return finish_row(task, blended, softmaxes, ForwardKl<Real>(task.parameters),
                       in_unit_interval(task.parameters.alpha));
   }

@@ -63,7 +63,7 @@ struct AdaptiveTerms {
     const float log2_p = p.log2_probability(largest);
     const int step = min(max(static_cast<int>(-kSteps * log2_p), 0), kDigits - 1);
     atomicAdd(&histogram[step], static_cast<unsigned>(exp2_fast(log2_p) * kUnit));
-    rows.cluster.synchronize();
+    rows.cluster.synchronize_exposing(histogram, kDigits);
     if (threadIdx.x < kWarp) {
       const int last = last_step(rows.cluster, histogram);
       if (threadIdx.x == 0) scratch.lightest = last < kDigits - 1 ? -(last + 1.0f) / kSteps - 0.01f : CUDART_INF_F;
@@ -156,6 +156,8 @@ struct AdaptiveTerms {
   __device__ void share(const Rows& rows) {
     scratch.tail.share({}, rows.cluster);
     scratch.rest.share({}, rows.cluster);
+    rows.cluster.expose(&scratch.listed, 1, threadIdx.x, kWarp);
+    rows.cluster.expose(scratch.list, min(scratch.listed, kListed), threadIdx.x, kWarp);
   }
 
   template <class Rows>
@@ -179,7 +181,8 @@ struct AdaptiveTerms {
         rows.cluster.to_all_blocks(&scratch.gaps, listed_gaps(rows));
       }
       rows.cluster.synchronize();
-      if (scratch.gaps.known) return scratch.gaps;
+      const Gaps gaps = *rows.cluster.received(&scratch.gaps);
+      if (gaps.known) return gaps;
     }
     rows.stage_again([](const auto&, const auto&) {});
     return RowEntries<Rows>{rows, q, p, scratch}.gaps(mu);

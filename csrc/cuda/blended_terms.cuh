@@ -5,7 +5,8 @@
 //   KL(p_t || q) = ln 2 (sum e (x - log2 q) / Z - log2 Z)
 //
 // so that one visit takes both sums, and G = -e / Z. By Hoelder's inequality Z <= 1 without an offset; where the sides
-// are so far apart that it is close to underflow, the pass is made once more with the largest x as the offset.
+// are so far apart that it is close to underflow, the pass is made once more with the largest x as the offset. The two
+// logarithms are then large and cancel, which takes double precision.
 #pragma once
 
 #include "divergence_terms.cuh"
@@ -19,6 +20,7 @@ struct BlendedTerms {
   Softmax q, p;
   float t, student_scale, teacher_scale, rest;
   float inverse;  // 1 / Z, once it is known
+  float origin;   // largest blend of two logits, once that is known
   bool repeated;
   Scratch& scratch;
 
@@ -29,26 +31,31 @@ struct BlendedTerms {
         t(row.alpha),
         student_scale((1 - t) * q.scale),
         teacher_scale(t * p.scale),
+        rest(fmaf(row.alpha, p.rest, (1 - row.alpha) * q.rest)),
         inverse(0),
+        origin(0),
         repeated(false),
-        scratch(scratch) {
-    subtract(0);
-  }
+        scratch(scratch) {}
   template <class Rows>
   __device__ void prepare(const Rows&) const {}
-
-  __device__ void subtract(float offset) { rest = fmaf(t, p.rest, fmaf(1 - t, q.rest, offset)); }
 
   // NaN where t is 0 or 1 and the side that does not count is -inf.
   __device__ float blended(float student_logit, float teacher_logit) const {
     return fmaf(student_logit - q.reference, student_scale, fmaf(teacher_logit - p.reference, teacher_scale, -rest));
   }
+  // Of the logits alone, less the origin: the rest of x is the same for all entries.
+  __device__ float blended_logit(float student_logit, float teacher_logit) const {
+    const double blend = fma(1.0 - t, double{student_logit}, double{t} * double{teacher_logit});
+    return static_cast<float>(blend - double{origin});
+  }
   __device__ float blended_anyhow(float student_logit, float teacher_logit) const {
+    if (repeated) return blended_logit(student_logit, teacher_logit) * q.scale;
     const float log2_q = q.log2_probability(student_logit), log2_p = p.log2_probability(teacher_logit);
     return t == 0 ? log2_q : t == 1 ? log2_p : blended(student_logit, teacher_logit);
   }
 
-  // Keeps e. Entries of -inf make the sum NaN and are looked at once more.
+  // Keeps e. Entries of -inf make the sum NaN and are looked at once more, like those that need
+  // more digits.
   template <class First, int N>
   __device__ void chunk(First, const float (&student_logits)[N], const float (&teacher_logits)[N], Term<float>& sum,
                         float (&e)[N]) const {
@@ -59,7 +66,7 @@ struct BlendedTerms {
       e[i] = exp2_fast(x);
       value = fmaf(e[i], x - q.log2_probability(student_logits[i]), value);
     }
-    if (!(fabsf(value) < CUDART_INF_F)) {
+    if (!(fabsf(value) < CUDART_INF_F) || repeated) {
       value = 0;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -89,9 +96,9 @@ struct BlendedTerms {
       float largest = -FLT_MAX;
       rows.stage_again([&](const float (&student_logits)[N], const float (&teacher_logits)[N]) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) largest = fmaxf(largest, blended_anyhow(student_logits[i], teacher_logits[i]));
+        for (int i = 0; i < N; ++i) largest = fmaxf(largest, blended_logit(student_logits[i], teacher_logits[i]));
       });
-      subtract(scratch.over({}, largest, rows.cluster));
+      origin = scratch.over({}, largest, rows.cluster);
       return repeated = true;
     }
     inverse = 1 / sum.g;

@@ -175,8 +175,7 @@ __device__ __forceinline__ Chunk<T, N> load_partial(const T* row, int count, int
 
 // Writes entries [first, first + N) of a row of `count` entries; first and row together must be aligned to the chunk.
 template <class T, int N>
-__device__ __forceinline__ void store_chunk(T* row, int count, int first, const float (&x)[N]) {
-  Chunk<T, N> chunk = pack<T, N>(x);
+__device__ __forceinline__ void store_chunk(T* row, int count, int first, Chunk<T, N> chunk) {
   if (first >= 0 && first + N <= count) {
     store_aligned<T, N>(row + first, chunk);
     return;
@@ -186,6 +185,10 @@ __device__ __forceinline__ void store_chunk(T* row, int count, int first, const 
     const uint32_t bits = pop_entry(chunk);
     if (v >= 0 && v < count) Packing<T>::store_bits(row + v, bits);
   }
+}
+template <class T, int N>
+__device__ __forceinline__ void store_chunk(T* row, int count, int first, const float (&x)[N]) {
+  store_chunk(row, count, first, pack<T, N>(x));
 }
 
 }  // namespace distillm

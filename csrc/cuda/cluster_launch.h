@@ -1,4 +1,4 @@
-// Launches with a cluster of blocks per row.
+// Launches of blocks that share a row: in clusters, or in teams where there are none (cluster.cuh).
 #pragma once
 
 #include "cluster.cuh"
@@ -6,25 +6,27 @@
 
 namespace distillm {
 
-// Clusters need a device that has them and code compiled for one: PTX of an older architecture knows of none. 12.0
-// and later are launched without: there a cluster is one block.
+// Clusters need a device that has them and code compiled for one: PTX of an older architecture knows of none.
 inline int64_t most_blocks_of_cluster(const cudaFuncAttributes& kernel, const DeviceScope& device) {
-  const int major = device.attribute(cudaDevAttrComputeCapabilityMajor);
-  const bool has_clusters = major >= 9 && major < 12 && device.attribute(cudaDevAttrClusterLaunch);
-  return has_clusters && kernel.ptxVersion >= 90 ? kMaxCluster : 1;
+  return kernel.ptxVersion >= 90 && device.attribute(cudaDevAttrClusterLaunch) ? kMaxCluster : 1;
+}
+
+// Code for older architectures knows of teams.
+inline bool works_in_teams(const cudaFuncAttributes& kernel, const DeviceScope& device) {
+  return kernel.ptxVersion < 90 && device.attribute(cudaDevAttrCooperativeLaunch);
 }
 
 // A launch configuration. The attribute lives here since the configuration points to it.
 class ClusterLaunch {
  public:
   ClusterLaunch(int64_t cluster, int64_t rows, int64_t threads, int64_t dynamic_bytes, cudaStream_t stream) {
-    cluster_.id = cudaLaunchAttributeClusterDimension;
-    cluster_.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    attribute_.id = cudaLaunchAttributeClusterDimension;
+    attribute_.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     config_.gridDim = dim3(static_cast<unsigned>(rows * cluster));
     config_.blockDim = dim3(static_cast<unsigned>(threads));
     config_.dynamicSmemBytes = static_cast<size_t>(dynamic_bytes);
     config_.stream = stream;
-    config_.attrs = &cluster_;
+    config_.attrs = &attribute_;
     config_.numAttrs = cluster > 1 ? 1 : 0;
   }
   ClusterLaunch(const ClusterLaunch&) = delete;
@@ -40,9 +42,44 @@ class ClusterLaunch {
     return clusters > 0;
   }
 
- private:
-  cudaLaunchAttribute cluster_ = {};
+ protected:
+  cudaLaunchAttribute attribute_ = {};
   cudaLaunchConfig_t config_ = {};
+};
+
+// A cooperative launch of `teams` teams of `size` blocks, and the memory in which they meet. It is torch's, and may be
+// used again once the kernel is on the stream.
+class TeamLaunch : public ClusterLaunch {
+ public:
+  // mailbox_bytes: of the kernel's static shared memory; like: any tensor on the device.
+  TeamLaunch(int64_t size, int64_t teams, int64_t threads, int64_t dynamic_bytes, int64_t mailbox_bytes,
+             const Tensor& like, cudaStream_t stream)
+      : ClusterLaunch(size, teams, threads, dynamic_bytes, stream) {
+    attribute_.id = cudaLaunchAttributeCooperative;
+    attribute_.val.cooperative = 1;
+    config_.numAttrs = 1;
+    const int64_t counters = (teams * int64_t{sizeof(uint32_t)} + 15) / 16 * 16;
+    bytes_ = torch::stable::new_empty(like, {counters + 2 * teams * size * mailbox_bytes}, ScalarType::Byte);
+    unsigned char* const first = static_cast<unsigned char*>(bytes_.data_ptr());
+    STD_CUDA_CHECK(cudaMemsetAsync(first, 0, static_cast<size_t>(counters), stream));
+    memory_ = {first + counters, reinterpret_cast<uint32_t*>(first), static_cast<int32_t>(size),
+               static_cast<int32_t>(teams)};
+  }
+  TeamMemory memory() const { return memory_; }
+
+  // The most teams that are resident at once, as all of a launch have to be; 0: not even one.
+  template <class Function>
+  static int64_t most(Function* function, int64_t size, int64_t threads, int64_t dynamic_bytes,
+                      const DeviceScope& device) {
+    int blocks = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, static_cast<int>(threads),
+                                                                 static_cast<size_t>(dynamic_bytes)));
+    return int64_t{blocks} * device.attribute(cudaDevAttrMultiProcessorCount) / size;
+  }
+
+ private:
+  Tensor bytes_;
+  TeamMemory memory_ = {};
 };
 
 }  // namespace distillm

@@ -95,7 +95,7 @@ constexpr int kMaxBlockWarps = 16;
 //   total()                              every thread combines the results of the blocks, from its own shared memory
 //
 // Blocks write to others and read from themselves: after the last barrier any of them may exit. One Partials serves one
-// reduction.
+// reduction of a row.
 template <class Combine>
 struct Partials {
   using Value = typename Combine::Value;
@@ -114,7 +114,8 @@ struct Partials {
   __device__ Value total(const Combine& combine, const Cluster& cluster) const {
     if (cluster.size == 1) return of_block[0];
     const int block = threadIdx.x % kMaxCluster;
-    return combine.template lanes<kMaxCluster>(block < cluster.size ? of_block[block] : combine.empty());
+    const Value* const received = cluster.received(of_block);
+    return combine.template lanes<kMaxCluster>(block < cluster.size ? received[block] : combine.empty());
   }
   // All steps of one reduction, where nothing else shares the barriers.
   __device__ Value over(const Combine& combine, Value x, const Cluster& cluster) {

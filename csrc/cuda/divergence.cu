@@ -1,13 +1,12 @@
 // `divergence` on CUDA: chooses the kernel of this divergence and pair of dtypes and launches one cluster of blocks per
-// row.
+// row, or teams of blocks that take rows in turn.
 #include <algorithm>
-#include <map>
-#include <mutex>
 #include <tuple>
 
 #include "cluster_launch.h"
-#include "divergence_kernels.cuh"
+#include "divergence_kernels.h"
 #include "divergence_plan.h"
+#include "plan_cache.h"
 
 namespace distillm {
 namespace {
@@ -18,12 +17,14 @@ DivergenceShape shape_of(const DivergenceKernel& kernel, const DivergenceCall& c
 }
 
 DeviceLimits limits_of(const cudaFuncAttributes& kernel, const DeviceScope& device) {
+  const bool teams = works_in_teams(kernel, device);
   return {device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock), most_blocks_of_cluster(kernel, device)};
+          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock),
+          teams ? kMaxCluster : most_blocks_of_cluster(kernel, device), teams};
 }
 
-DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePlan& plan) {
+DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePlan& plan, const TeamMemory& teams) {
   const DivergenceOptions& options = call.options;
   return {call.student,
           call.teacher,
@@ -34,6 +35,7 @@ DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePla
           static_cast<int32_t>(call.student_vocab),
           static_cast<int32_t>(call.teacher_vocab),
           static_cast<int32_t>(call.gradient_vocab),
+          element_type(call.student_type),
           element_type(call.teacher_type),
           static_cast<int32_t>(plan.staged_turns),
           static_cast<int32_t>(plan.kept_turns),
@@ -48,12 +50,19 @@ DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePla
           static_cast<float>(options.beta),
           static_cast<float>(1 / options.temperature),
           static_cast<float>(options.ce_weight),
-          options.detach_mixture};
+          options.detach_mixture,
+          static_cast<int32_t>(call.rows),
+          teams};
 }
+
+struct Planned {
+  DivergencePlan plan;
+  int64_t teams;  // the most of one launch; 0: it is none of teams
+};
 
 // Asks the device what it takes, and readies the kernel for any plan: shared memory may grow to all that a block can
 // have.
-DivergencePlan planned(const DivergenceKernel& kernel, const DivergenceShape& shape, const DeviceScope& device) {
+Planned planned(const DivergenceKernel& kernel, const DivergenceShape& shape, const DeviceScope& device) {
   cudaFuncAttributes attributes;
   STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
   DeviceLimits limits = limits_of(attributes, device);
@@ -61,48 +70,54 @@ DivergencePlan planned(const DivergenceKernel& kernel, const DivergenceShape& sh
                                       static_cast<int>(limits.block_bytes - attributes.sharedSizeBytes)));
   for (;; limits.cluster /= 2) {
     const DivergencePlan plan = plan_divergence(shape, limits);
-    const ClusterLaunch launch(plan.cluster, 1, plan.threads, plan.dynamic_bytes(shape), device.stream());
-    if (launch.fits(kernel.function)) return plan;
+    const int64_t dynamic_bytes = plan.dynamic_bytes(shape);
+    if (limits.teams && plan.cluster > 1) {
+      const int64_t teams = TeamLaunch::most(kernel.function, plan.cluster, plan.threads, dynamic_bytes, device);
+      if (teams > 0) return {plan, teams};
+    } else if (ClusterLaunch(plan.cluster, 1, plan.threads, dynamic_bytes, device.stream()).fits(kernel.function)) {
+      return {plan, 0};
+    }
   }
 }
 
-// The plans made so far: a launch of a kind that was there before asks the driver nothing.
-class Plans {
- public:
-  DivergencePlan of(const DivergenceKernel& kernel, const DivergenceShape& shape, const DeviceScope& device) {
-    const Key key{device.index(), reinterpret_cast<const void*>(kernel.function), shape.chunks, shape.keeps};
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = plans_.find(key);
-    if (found != plans_.end()) return found->second;
-    const DivergencePlan plan = planned(kernel, shape, device);
-    if (plans_.size() == kMost) plans_.clear();
-    return plans_.emplace(key, plan).first->second;
-  }
-
- private:
-  using Key = std::tuple<int, const void*, int64_t, bool>;  // device, kernel, chunks, whether G is kept
-  static constexpr size_t kMost = 1024;
-  std::mutex mutex_;
-  std::map<Key, DivergencePlan> plans_;
-};
-
-void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const DeviceScope& device) {
-  static Plans plans;
-  const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
-  const DivergenceShape shape = shape_of(kernel, call, vocab);
-  const DivergencePlan plan = plans.of(kernel, shape, device);
-  check_grid(call.rows * plan.cluster, vocab);
-  const ClusterLaunch launch(plan.cluster, call.rows, plan.threads, plan.dynamic_bytes(shape), device.stream());
-  STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments_of(call, plan)));
+void launch(const DivergenceKernel& kernel, const ClusterLaunch& launch, const DivergenceArguments& arguments) {
+  STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+void launch(const DivergenceKernel& kernel, const DivergenceTensors& t, const DeviceScope& device) {
+  static PlanCache<Planned, int64_t, bool> plans;  // by the number of chunks, and whether G is kept
+  const DivergenceCall& call = t.call;
+  const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
+  const DivergenceShape shape = shape_of(kernel, call, vocab);
+  const auto [plan, most_teams] = plans.of(device.index(), reinterpret_cast<const void*>(kernel.function), shape.chunks,
+                                           shape.keeps, [&] { return planned(kernel, shape, device); });
+  const int64_t dynamic_bytes = plan.dynamic_bytes(shape);
+  check_grid(call.rows * plan.cluster, vocab);
+  if (most_teams > 0) {
+    const TeamLaunch teams(plan.cluster, std::min(call.rows, most_teams), plan.threads, dynamic_bytes,
+                           kernel.static_bytes, t.loss, device.stream());
+    launch(kernel, teams, arguments_of(call, plan, teams.memory()));
+  } else {
+    const ClusterLaunch clusters(plan.cluster, call.rows, plan.threads, dynamic_bytes, device.stream());
+    launch(kernel, clusters, arguments_of(call, plan, {nullptr, nullptr, 1, 0}));
+  }
+}
+
+DivergenceKernel kernel_of(const DivergenceCall& call) {
+  const std::string& name = call.options.divergence;
+  if (call.student_type != call.teacher_type) return divergence_kernel_of<AnyElement>(name);
+  switch (element_type(call.student_type)) {
+    case ElementType::kBFloat16: return divergence_kernel_of<BFloat16>(name);
+    case ElementType::kHalf: return divergence_kernel_of<Half>(name);
+    default: return divergence_kernel_of<float>(name);
+  }
+}
+
 void run(const DivergenceTensors& t, const DeviceScope& device) {
-  const bool one_type = t.call.student_type == t.call.teacher_type;
-  const DivergenceKernel kernel =
-      one_type ? divergence_kernel_of_one_type(t.call) : divergence_kernel_of_two_types(t.call);
+  const DivergenceKernel kernel = kernel_of(t.call);
   STD_TORCH_CHECK(kernel.function, "divergence '", t.call.options.divergence, "' has no CUDA kernel");
-  if (t.call.rows > 0) launch(kernel, t.call, device);
+  if (t.call.rows > 0) launch(kernel, t, device);
 }
 
 std::tuple<Tensor, Tensor, Tensor> divergence(const Tensor& student, const Tensor& teacher,

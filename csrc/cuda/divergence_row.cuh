@@ -17,7 +17,7 @@ struct DivergenceArguments {
   RowLayout student_rows, teacher_rows, gradient_rows;
   int32_t student_vocab, teacher_vocab;  // entries to use
   int32_t gradient_vocab;                // entries of a gradient row, those from student_vocab on are 0
-  ElementType teacher_type;
+  ElementType student_type, teacher_type;
   int32_t staged_turns,
       kept_turns;         // what dynamic shared memory has room for (row_pair.cuh), kept_turns <= staged_turns
   const int64_t* labels;  // null when absent, like the next three
@@ -29,6 +29,8 @@ struct DivergenceArguments {
   int64_t ignore_index;
   float alpha, beta, inverse_temperature, ce_weight;
   int32_t detach_mixture;
+  int32_t rows;
+  TeamMemory teams;
 };
 
 // Maps a logit to its base-2 log-probability, (z - reference) * scale - rest. The reference is the logarithm of the sum
@@ -99,6 +101,7 @@ struct GradientTerms {
   Softmax q, unit;
   float g_scale, q_scale, unit_scale, label_scale;
   int label;
+  bool constant;  // of the divergence nothing
 
   __device__ static GradientTerms of(const DivergenceArguments& a, const RowInputs& in, const RowSoftmaxes& softmaxes,
                                      float sum_g, bool constant) {
@@ -106,7 +109,7 @@ struct GradientTerms {
     const bool own_unit = a.inverse_temperature != 1;
     const float q_scale = (constant ? 0.0f : -g_scale * sum_g) + (own_unit ? 0.0f : label_scale);
     const int label = a.ce_weight != 0 ? static_cast<int>(in.label) : INT32_MIN;
-    return {softmaxes.q, softmaxes.unit, g_scale, q_scale, own_unit ? label_scale : 0.0f, label_scale, label};
+    return {softmaxes.q, softmaxes.unit, g_scale, q_scale, own_unit ? label_scale : 0.0f, label_scale, label, constant};
   }
 
   // Conditions of the row are tested per chunk, not per entry. kept: of Terms (divergence_terms.cuh).
@@ -114,6 +117,10 @@ struct GradientTerms {
   __device__ void chunk(const Terms& terms, int first, const float (&student_logits)[N], const float (&kept)[N],
                         float (&out)[N]) const {
     terms.gradient(student_logits, kept, g_scale, q_scale, out);
+    if (constant) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) out[i] = q_scale * exp2_fast(q.log2_probability(student_logits[i]));
+    }
     if (unit_scale != 0) {
 #pragma unroll
       for (int i = 0; i < N; ++i) out[i] += unit_scale * exp2_fast(unit.log2_probability(student_logits[i]));

@@ -126,18 +126,4 @@ struct FunctorTerms {
   }
 };
 
-// A divergence without a gradient: capped or infinite, and then G may be infinite.
-struct ConstantTerms {
-  Softmax q;
-
-  template <int N>
-  __device__ void again(const float (&)[N], const float (&)[N], float (&)[N]) const {}
-  template <int N>
-  __device__ void gradient(const float (&student_logits)[N], const float (&)[N], float, float q_scale,
-                           float (&out)[N]) const {
-#pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = q_scale * exp2_fast(q.log2_probability(student_logits[i]));
-  }
-};
-
 }  // namespace distillm

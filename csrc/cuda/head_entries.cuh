@@ -136,7 +136,7 @@ struct RowEntries {
     RunningDigit running{scratch.histogram};
     count([&](int digit, Mass amount) { running.add(digit, amount); });
     running.flush();
-    rows.cluster.synchronize();
+    rows.cluster.synchronize_exposing(scratch.histogram, kDigits + 1);
     for (int digit = threadIdx.x; digit <= kDigits; digit += blockDim.x) {
       Mass total = 0;
       for (int block = 0; block < rows.cluster.size; ++block) {

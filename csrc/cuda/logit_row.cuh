@@ -7,7 +7,7 @@ namespace distillm {
 
 enum class ElementType : int32_t { kFloat, kBFloat16, kHalf };
 
-// Stands for a teacher whose dtype is not the student's and known at run time only.
+// Stands for rows whose dtype is known at run time only: where the teacher's is not the student's.
 struct AnyElement {};
 
 // x, as a value that the compiler cannot take apart: it would compute sums and products of a whole loop again at every
@@ -32,7 +32,7 @@ struct LogitRow {
 
   __device__ LogitRow(const void* data, int64_t offset, int vocab, ElementType)
       : row(settled(static_cast<const T*>(data) + offset)), vocab(vocab) {}
-  __device__ bool aligned(int phase) const { return phase_of<T, N>(row) == phase; }
+  __device__ int phase() const { return phase_of<T, N>(row); }
   __device__ Loaded load_inside(int first) const { return load_aligned<T, N>(row + first); }
   __device__ Loaded load(int first, bool aligned, uint32_t missing = Packing<T>::kMinusInfinity) const {
     if (aligned && first >= 0 && first + N <= vocab) return load_inside(first);
@@ -75,8 +75,8 @@ struct LogitRow<AnyElement, N> {
     }
     return pack<float, N>(z);
   }
-  __device__ bool aligned(int phase) const {
-    return sized([=](auto row) { return row.aligned(phase); });
+  __device__ int phase() const {
+    return sized([](auto row) { return row.phase(); });
   }
   __device__ Loaded load_inside(int first) const {
     return sized([=](auto row) { return widened(row.load_inside(first)); });
@@ -92,6 +92,52 @@ struct LogitRow<AnyElement, N> {
     if (type == ElementType::kFloat) return static_cast<const float*>(data)[offset + v];
     const uint16_t bits = static_cast<const BFloat16*>(data)[offset + v].bits;
     return type == ElementType::kHalf ? to_real(Half{bits}) : to_real(BFloat16{bits});
+  }
+};
+
+// A row that is written, such as the gradient's.
+template <class T, int N>
+struct OutputRow {
+  T* row;
+
+  __device__ OutputRow(void* data, int64_t offset, ElementType) : row(settled(static_cast<T*>(data) + offset)) {}
+  __device__ int phase() const { return phase_of<T, N>(row); }
+  __device__ void store_inside(int first, const float (&x)[N]) const { store_aligned(row + first, pack<T, N>(x)); }
+  __device__ void store(int vocab, int first, const float (&x)[N]) const {
+    store_chunk(row, vocab, first, pack<T, N>(x));
+  }
+  __device__ void store_entry(int v, float x) const { Packing<T>::store(row + v, x); }
+};
+
+template <int N>
+struct OutputRow<AnyElement, N> {
+  void* data;
+  int64_t offset;
+  ElementType type;
+
+  __device__ OutputRow(void* data, int64_t offset, ElementType type) : data(data), offset(offset), type(type) {}
+
+  // use(row of float or of 16-bit words, x as a chunk of it).
+  template <class Use>
+  __device__ void narrowed(const float (&x)[N], Use use) const {
+    if (type == ElementType::kFloat) return use(OutputRow<float, N>(data, offset, type), pack<float, N>(x));
+    const auto words =
+        type == ElementType::kHalf ? bit_cast<Chunk<BFloat16, N>>(pack<Half, N>(x)) : pack<BFloat16, N>(x);
+    use(OutputRow<BFloat16, N>(data, offset, type), words);
+  }
+  __device__ int phase() const {
+    return type == ElementType::kFloat ? OutputRow<float, N>(data, offset, type).phase()
+                                       : OutputRow<BFloat16, N>(data, offset, type).phase();
+  }
+  __device__ void store_inside(int first, const float (&x)[N]) const {
+    narrowed(x, [=](auto out, const auto& chunk) { store_aligned(out.row + first, chunk); });
+  }
+  __device__ void store(int vocab, int first, const float (&x)[N]) const {
+    narrowed(x, [=](auto out, const auto& chunk) { store_chunk(out.row, vocab, first, chunk); });
+  }
+  __device__ void store_entry(int v, float x) const {
+    const float chunk[N] = {x};
+    store(v + 1, v, chunk);
   }
 };
 

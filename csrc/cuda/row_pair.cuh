@@ -20,8 +20,10 @@
 namespace distillm {
 
 // Entries per chunk: 16 bytes; in pairs of unequal dtypes what 16 bytes of float hold.
-template <class Student, class Teacher>
-constexpr int kChunkEntries = std::is_same_v<Student, Teacher> ? 16 / static_cast<int>(sizeof(Student)) : 4;
+template <class T>
+constexpr int kChunkEntries = 16 / static_cast<int>(sizeof(T));
+template <>
+inline constexpr int kChunkEntries<AnyElement> = 4;
 
 // How many chunks a row can be cut into, wherever it starts.
 __host__ __device__ constexpr int most_chunks(int vocab, int chunk_entries) {
@@ -35,14 +37,13 @@ struct Place {
   float4* extra;  // of a kept turn, what has no room in the slot
 };
 
-template <class Student, class Teacher>
+// T: the dtype of both sides, or AnyElement.
+template <class T>
 struct RowPair {
-  static constexpr bool kOneType = std::is_same_v<Student, Teacher>;
-  static constexpr int N = kChunkEntries<Student, Teacher>;
+  static constexpr int N = kChunkEntries<T>;
   static constexpr int kInFlight = 4;  // pairs of loads per thread
-  using Stored = std::conditional_t<kOneType, Student, float>;
-  using StudentRow = LogitRow<Student, N>;
-  using TeacherRow = LogitRow<Teacher, N>;
+  using Stored = std::conditional_t<std::is_same_v<T, AnyElement>, float, T>;
+  using Row = LogitRow<T, N>;
   using Logits = Chunk<Stored, N>;
   struct Loaded {
     Logits student, teacher;
@@ -50,8 +51,7 @@ struct RowPair {
   static constexpr int kSlotBytes = sizeof(Loaded);                                // shared memory per thread and turn
   static constexpr int kKeptBytes = N * int{sizeof(float)} - int{sizeof(Logits)};  // more of it in a kept turn
 
-  StudentRow student;
-  TeacherRow teacher;
+  Row student, teacher;
   Cluster cluster;
   int phase;
   bool student_aligned, teacher_aligned;
@@ -62,14 +62,14 @@ struct RowPair {
   float4* slots;
   float4* extras;
 
-  __device__ RowPair(StudentRow student, TeacherRow teacher, Cluster cluster, int phase, float4* shared,
-                     int staged_turns, int kept_turns)
+  __device__ RowPair(Row student, Row teacher, Cluster cluster, int phase, float4* shared, int staged_turns,
+                     int kept_turns)
       : student(student),
         teacher(teacher),
         cluster(cluster),
         phase(phase),
-        student_aligned(student.aligned(phase)),
-        teacher_aligned(teacher.aligned(phase)),
+        student_aligned(student.phase() == phase),
+        teacher_aligned(teacher.phase() == phase),
         head(phase > 0),
         full(0),
         full_offset(settled(phase > 0 ? N - phase : 0)),
@@ -85,7 +85,6 @@ struct RowPair {
   }
 
   // The first logit of a side, loaded by one lane of each warp.
-  template <class Row>
   __device__ static float first_logit(const Row& row) {
     const float z = threadIdx.x % kWarp == 0 ? row.entry(0) : 0.0f;
     return __shfl_sync(kAllLanes, z, 0);
@@ -105,23 +104,13 @@ struct RowPair {
     return {place.position + turns * step, place.slot + turns * slot_step, place.extra + turns * extra_step};
   }
 
-  template <class T>
-  __device__ static Logits stored(const Chunk<T, N>& chunk) {
-    if constexpr (std::is_same_v<T, Stored>) {
-      return chunk;
-    } else {
-      float z[N];
-      unpack(chunk, z);
-      return pack<float, N>(z);
-    }
-  }
   __device__ Loaded load(int position) const {
     const int first = first_entry(position);
-    return {stored(student.load(first, student_aligned)), stored(teacher.load(first, teacher_aligned))};
+    return {student.load(first, student_aligned), teacher.load(first, teacher_aligned)};
   }
   __device__ Loaded load_full(int position) const {
     const int first = position * N + full_offset;
-    return {stored(student.load_inside(first)), stored(teacher.load_inside(first))};
+    return {student.load_inside(first), teacher.load_inside(first)};
   }
 
   template <class Body>
@@ -171,12 +160,11 @@ struct RowPair {
   }
 
   // Writes to the chunk at a position of another row of `vocab` entries.
-  template <class T>
-  __device__ void store(T* row, int vocab, int position, int first, const float (&x)[N]) const {
+  __device__ void store(const OutputRow<T, N>& row, int vocab, int position, int first, const float (&x)[N]) const {
     if (position < full) {
-      store_aligned(row + first, pack<T, N>(x));
+      row.store_inside(first, x);
     } else {
-      store_chunk<T, N>(row, vocab, first, x);
+      row.store(vocab, first, x);
     }
   }
 

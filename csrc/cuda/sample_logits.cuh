@@ -62,7 +62,7 @@ class DrawRow {
   __device__ DrawRow(const TopkLogitsArguments& a, const Logits& logits, uint64_t* shared, DrawScratch<kSlots>& scratch)
       : a_(a),
         logits_(logits),
-        aligned_(logits.aligned(0)),
+        aligned_(logits.phase() == 0),
         chunks_(lane_chunks(a.vocab, N)),
         segments_((a.vocab + kWarp * N * chunks_ - 1) / (kWarp * N * chunks_)),
         lane_(threadIdx.x % kWarp),

@@ -10,6 +10,8 @@ namespace distillm {
 struct SamplePlan {
   int64_t cluster, threads;
   int64_t staged_chunks;  // of 16 bytes, in each block
+
+  int64_t dynamic_bytes(int64_t bitmap_bytes) const { return bitmap_bytes + 16 * staged_chunks; }
 };
 
 // `room`: chunks that the shared memory of a block holds beside all else; `most_blocks`: of a cluster, 1 without
@@ -24,7 +26,7 @@ inline SamplePlan plan_sample(int64_t chunks, int64_t room, int64_t bitmap_bytes
   const int64_t staged = std::min(share() * kTile, room), bytes = bitmap_bytes + 16 * staged;
   // Blocks share a multiprocessor as their staging allows; the threads of those together should fill it. A warp visits
   // whole tiles.
-  const int64_t filling = bytes > 72 * 1024 ? 768 : bytes > 36 * 1024 ? 512 : 256;
+  const int64_t filling = bytes > 72 * 1024 ? 640 : bytes > 36 * 1024 ? 512 : 256;
   return {cluster, std::min(filling, share() * kWarpThreads), staged};
 }
 

@@ -1,6 +1,9 @@
-// `sample_tokens` on CUDA: one block per row, or a cluster of blocks where one has not room for the row.
+// `sample_tokens` on CUDA: one block per row, or a cluster or team of blocks where one has not room for the row.
+#include <algorithm>
+
 #include "../ops/sample_tokens.h"
 #include "cluster_launch.h"
+#include "plan_cache.h"
 #include "sample_plan.h"
 #include "sample_tokens.cuh"
 
@@ -25,29 +28,61 @@ SampleKernel kernel_for(ScalarType type) {
   }
 }
 
-void launch(const SampleTensors& t, const DeviceScope& device) {
-  const SampleKernel kernel = kernel_for(t.type);
-  const int vocab = static_cast<int>(t.call.vocab);
-  const int64_t chunks = most_chunks(vocab, kernel.chunk_entries);
-  const int64_t bitmaps = t.call.previous || t.call.banned ? int64_t{4} * bitmap_words(vocab) : 0;
-  const int64_t room =
-      device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(sizeof(SampleScratch)) - bitmaps;
-  STD_TORCH_CHECK(room >= 0, "previous_tokens and banned need ", bitmaps,
-                  " bytes of shared memory for this vocabulary, more than a block has on this device");
+int64_t bitmap_bytes(const SampleCall& call) {
+  return call.previous || call.banned ? int64_t{4} * bitmap_words(static_cast<int>(call.vocab)) : 0;
+}
+
+struct Planned {
+  SamplePlan plan;
+  int64_t teams;  // the most of one launch; 0: it is none of teams
+};
+
+// Asks the device what it takes, and readies the kernel for any plan: shared memory may grow to all that a block can
+// have.
+Planned planned(const SampleKernel& kernel, int64_t chunks, int64_t bitmaps, const DeviceScope& device) {
   cudaFuncAttributes attributes;
   STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
-  for (int64_t most = most_blocks_of_cluster(attributes, device);; most /= 2) {
-    const SamplePlan plan = plan_sample(chunks, room / 16, bitmaps, most);
-    const int64_t shared_bytes = bitmaps + 16 * plan.staged_chunks;
-    check_grid(t.call.rows * plan.cluster, vocab);
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
-    const ClusterLaunch launch(plan.cluster, t.call.rows, plan.threads, shared_bytes, device.stream());
-    if (!launch.fits(kernel.function)) continue;
-    const SampleArguments arguments{t.call, static_cast<int32_t>(plan.staged_chunks)};
-    STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    return;
+  const int64_t dynamic =
+      device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(attributes.sharedSizeBytes);
+  STD_TORCH_CHECK(dynamic >= bitmaps, "previous_tokens and banned need ", bitmaps,
+                  " bytes of shared memory for this vocabulary, more than a block has on this device");
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic)));
+  const bool in_teams = works_in_teams(attributes, device);
+  for (int64_t most = in_teams ? kMaxCluster : most_blocks_of_cluster(attributes, device);; most /= 2) {
+    const SamplePlan plan = plan_sample(chunks, (dynamic - bitmaps) / 16, bitmaps, most);
+    const int64_t bytes = plan.dynamic_bytes(bitmaps);
+    if (in_teams && plan.cluster > 1) {
+      const int64_t teams = TeamLaunch::most(kernel.function, plan.cluster, plan.threads, bytes, device);
+      if (teams > 0) return {plan, teams};
+    } else if (ClusterLaunch(plan.cluster, 1, plan.threads, bytes, device.stream()).fits(kernel.function)) {
+      return {plan, 0};
+    }
+  }
+}
+
+void launch(const SampleKernel& kernel, const ClusterLaunch& launch, const SampleArguments& arguments) {
+  STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+void launch(const SampleTensors& t, const DeviceScope& device) {
+  static PlanCache<Planned, int64_t, int64_t> plans;  // by the number of chunks and the size of the bitmaps
+  const SampleKernel kernel = kernel_for(t.type);
+  const int64_t chunks = most_chunks(static_cast<int>(t.call.vocab), kernel.chunk_entries);
+  const int64_t bitmaps = bitmap_bytes(t.call);
+  const auto [plan, most_teams] = plans.of(device.index(), reinterpret_cast<const void*>(kernel.function), chunks,
+                                           bitmaps, [&] { return planned(kernel, chunks, bitmaps, device); });
+  const int64_t bytes = plan.dynamic_bytes(bitmaps);
+  const int32_t staged = static_cast<int32_t>(plan.staged_chunks);
+  check_grid(t.call.rows * plan.cluster, t.call.vocab);
+  if (most_teams > 0) {
+    const TeamLaunch teams(plan.cluster, std::min(t.call.rows, most_teams), plan.threads, bytes, sizeof(SampleScratch),
+                           t.token, device.stream());
+    launch(kernel, teams, {t.call, staged, teams.memory()});
+  } else {
+    const ClusterLaunch clusters(plan.cluster, t.call.rows, plan.threads, bytes, device.stream());
+    launch(kernel, clusters, {t.call, staged, {nullptr, nullptr, 1, 0}});
   }
 }
 

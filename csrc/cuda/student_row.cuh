@@ -19,7 +19,7 @@ struct StudentRow {
   __device__ StudentRow(LogitRow<Student, N> logits, int phase, void* slots, int staged)
       : logits(logits),
         phase(phase),
-        aligned(logits.aligned(phase)),
+        aligned(logits.phase() == phase),
         slots(static_cast<Chunk<Student, N>*>(slots)),
         staged(staged) {}
 

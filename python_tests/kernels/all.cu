@@ -6,15 +6,13 @@
 
 using namespace distillm;
 
-#define KERNEL(Member, Student, Teacher) \
-  template __global__ void distillm::divergence_kernel<Member<float>, Student, Teacher>(const DivergenceArguments);
+#define KERNEL(Member, T) \
+  template __global__ void distillm::divergence_kernel<Member<float>, T>(const DivergenceArguments);
 #define KERNELS_OF(Member) \
-  KERNEL(Member, float, float)         \
-  KERNEL(Member, BFloat16, BFloat16)   \
-  KERNEL(Member, Half, Half)           \
-  KERNEL(Member, float, AnyElement)    \
-  KERNEL(Member, BFloat16, AnyElement) \
-  KERNEL(Member, Half, AnyElement)
+  KERNEL(Member, float)    \
+  KERNEL(Member, BFloat16) \
+  KERNEL(Member, Half)     \
+  KERNEL(Member, AnyElement)
 #define KERNELS(public_name, Positive, AtZero, Functor) KERNELS_OF(Functor)
 DISTILLM_FOR_EACH_DIVERGENCE(KERNELS)
 KERNELS_OF(Interpolated)

@@ -1,6 +1,6 @@
-// One instantiation of the divergence kernel for ptxsim, chosen by -DFUNCTOR= -DSTUDENT= -DTEACHER=.
+// One instantiation of the divergence kernel for ptxsim, chosen by -DFUNCTOR= -DTYPE=.
 #include "cuda/divergence.cuh"
 
 using namespace distillm;
 
-template __global__ void distillm::divergence_kernel<FUNCTOR<float>, STUDENT, TEACHER>(const DivergenceArguments);
+template __global__ void distillm::divergence_kernel<FUNCTOR<float>, TYPE>(const DivergenceArguments);
