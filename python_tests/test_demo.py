@@ -161,11 +161,11 @@ def outcome(tmp_path_factory):
     console = Console(file=io.StringIO())
     world = tiny_world(folder / "world", plan.options)
     made = Demo(plan, world, folder, console, lambda text: report_progress(console, text)).run()
-    return made, folder
+    return made, folder, console.file.getvalue()
 
 
 def test_fresh_and_replayed_batches_really_occur(outcome):
-    made, folder = outcome
+    made, folder, _ = outcome
     assert sum(made.batches.values()) == 120
     assert min(made.batches.values()) > 0
     log = json.loads((folder / "distilled" / "log.json").read_text())
@@ -180,8 +180,14 @@ def test_distilled_student_is_closer_to_the_teacher_than_start_and_control(outco
     assert results[TEACHER].kl == pytest.approx(0, abs=1e-6)
 
 
+def test_console_names_figures_that_exist(outcome):
+    printed = outcome[2]
+    assert f"{DISTILLED}: KL 0." in printed or f"{DISTILLED}: KL 1." in printed
+    assert f"{TEACHER}: cross-entropy " in printed and "nan" not in printed
+
+
 def test_saved_student_loads_and_is_smaller(outcome):
-    made, folder = outcome
+    made, folder, _ = outcome
     student = AutoModelForCausalLM.from_pretrained(made.student)
     teacher = AutoModelForCausalLM.from_pretrained(folder / "world" / "teacher")
     assert student.config.num_hidden_layers < teacher.config.num_hidden_layers
@@ -189,7 +195,7 @@ def test_saved_student_loads_and_is_smaller(outcome):
 
 
 def test_report_plot_and_settings_are_written(outcome):
-    made, folder = outcome
+    made, folder, _ = outcome
     text = made.report.read_text()
     for part in ("| SFT control |", "| distilled |", "on fresh", "on replay", "(training.png)", "sgo_initial: 0.4"):
         assert part in text, part

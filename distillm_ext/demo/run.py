@@ -157,8 +157,9 @@ class Demo:
             )
             self.texts[name] = self._samples(model, update)
         self.seconds[f"measuring {name}"] = time.perf_counter() - begun
+        divergence = "" if model is teacher else f"KL {result.kl:.3f}, "
         self.console.print(
-            f"{name}: KL {result.kl:.3f}, cross-entropy {result.cross_entropy:.3f}, ROUGE-L {result.rouge_l:.1f}",
+            f"{name}: {divergence}cross-entropy {result.cross_entropy:.3f}, ROUGE-L {result.rouge_l:.1f}",
             highlight=False,
             soft_wrap=True,
         )
