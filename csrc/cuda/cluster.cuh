@@ -15,14 +15,6 @@ struct Cluster {
   int size, rank;
   TeamMailbox mailbox;  // of a team
 
-  __device__ static Cluster current() {
-#if __CUDA_ARCH__ >= 900
-    return {static_cast<int>(__clusterSizeInBlocks()), static_cast<int>(__clusterRelativeBlockRank()), {}};
-#else
-    return {1, 0, {}};
-#endif
-  }
-
   // A block's shared memory must not be written before the block has started: every thread calls announce_start() once,
   // and await_start() before its first write to another block. Work between the two hides the wait.
   __device__ void announce_start() const {
@@ -141,7 +133,7 @@ struct Cluster {
 template <class Scratch, class Use>
 __device__ __forceinline__ void each_row_of_cluster(const TeamMemory& memory, int rows, Scratch& scratch, Use use) {
 #if __CUDA_ARCH__ >= 900
-  const Cluster cluster = Cluster::current();
+  const Cluster cluster{static_cast<int>(__clusterSizeInBlocks()), static_cast<int>(__clusterRelativeBlockRank()), {}};
   use(static_cast<int>(blockIdx.x) / cluster.size, cluster);
 #else
   const int size = memory.size, block = static_cast<int>(blockIdx.x);

@@ -1,6 +1,8 @@
 // Launches of blocks that share a row: in clusters, or in teams where there are none (cluster.cuh).
 #pragma once
 
+#include <algorithm>
+
 #include "cluster.cuh"
 #include "launch.h"
 
@@ -14,6 +16,11 @@ inline int64_t most_blocks_of_cluster(const cudaFuncAttributes& kernel, const De
 // Code for older architectures knows of teams.
 inline bool works_in_teams(const cudaFuncAttributes& kernel, const DeviceScope& device) {
   return kernel.ptxVersion < 90 && device.attribute(cudaDevAttrCooperativeLaunch);
+}
+
+// Of either.
+inline int64_t most_blocks_of_row(const cudaFuncAttributes& kernel, const DeviceScope& device) {
+  return works_in_teams(kernel, device) ? kMaxCluster : most_blocks_of_cluster(kernel, device);
 }
 
 // A launch configuration. The attribute lives here since the configuration points to it.
@@ -81,5 +88,48 @@ class TeamLaunch : public ClusterLaunch {
   Tensor bytes_;
   TeamMemory memory_ = {};
 };
+
+// A plan for one launch, which has `cluster`, the blocks of a row, and `threads`.
+template <class Plan>
+struct Planned {
+  Plan plan;
+  int64_t dynamic_bytes;  // shared memory of a block
+  int64_t teams;          // the most of one launch; 0: it is none of teams
+};
+
+// plan_with(most blocks of a row) -> Planned without its teams: the first one that the device can hold, from
+// most_blocks_of_row down.
+template <class Function, class PlanWith>
+auto planned_to_fit(Function* function, const cudaFuncAttributes& attributes, const DeviceScope& device,
+                    const PlanWith& plan_with) {
+  for (int64_t most = most_blocks_of_row(attributes, device);; most /= 2) {
+    auto made = plan_with(most);
+    const auto& plan = made.plan;
+    if (plan.cluster > 1 && works_in_teams(attributes, device)) {
+      made.teams = TeamLaunch::most(function, plan.cluster, plan.threads, made.dynamic_bytes, device);
+      if (made.teams > 0) return made;
+    } else if (ClusterLaunch(plan.cluster, 1, plan.threads, made.dynamic_bytes, device.stream()).fits(function)) {
+      return made;
+    }
+  }
+}
+
+// Launches function(arguments_with(memory of the teams)) over all rows. mailbox_bytes, like: as for TeamLaunch.
+template <class Arguments, class Plan, class ArgumentsWith>
+void launch_rows(void (*function)(Arguments), const Planned<Plan>& made, int64_t rows, int64_t mailbox_bytes,
+                 const Tensor& like, const DeviceScope& device, const ArgumentsWith& arguments_with) {
+  const auto launch = [&](const ClusterLaunch& way, const TeamMemory& teams) {
+    STD_CUDA_CHECK(cudaLaunchKernelEx(way.config(), function, arguments_with(teams)));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  const auto& [plan, bytes, most_teams] = made;
+  if (most_teams > 0) {
+    const TeamLaunch teams(plan.cluster, std::min(rows, most_teams), plan.threads, bytes, mailbox_bytes, like,
+                           device.stream());
+    launch(teams, teams.memory());
+  } else {
+    launch(ClusterLaunch(plan.cluster, rows, plan.threads, bytes, device.stream()), {nullptr, nullptr, 1, 0});
+  }
+}
 
 }  // namespace distillm

@@ -16,12 +16,11 @@ DivergenceShape shape_of(const DivergenceKernel& kernel, const DivergenceCall& c
           call.gradient != nullptr, kernel.static_bytes};
 }
 
+// But for the most blocks of a row.
 DeviceLimits limits_of(const cudaFuncAttributes& kernel, const DeviceScope& device) {
-  const bool teams = works_in_teams(kernel, device);
   return {device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock),
-          teams ? kMaxCluster : most_blocks_of_cluster(kernel, device), teams};
+          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock), 1, works_in_teams(kernel, device)};
 }
 
 DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePlan& plan, const TeamMemory& teams) {
@@ -55,53 +54,32 @@ DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePla
           teams};
 }
 
-struct Planned {
-  DivergencePlan plan;
-  int64_t teams;  // the most of one launch; 0: it is none of teams
-};
-
 // Asks the device what it takes, and readies the kernel for any plan: shared memory may grow to all that a block can
 // have.
-Planned planned(const DivergenceKernel& kernel, const DivergenceShape& shape, const DeviceScope& device) {
+Planned<DivergencePlan> planned(const DivergenceKernel& kernel, const DivergenceShape& shape,
+                                const DeviceScope& device) {
   cudaFuncAttributes attributes;
   STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
   DeviceLimits limits = limits_of(attributes, device);
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(limits.block_bytes - attributes.sharedSizeBytes)));
-  for (;; limits.cluster /= 2) {
+  return planned_to_fit(kernel.function, attributes, device, [&](int64_t most) {
+    limits.cluster = most;
     const DivergencePlan plan = plan_divergence(shape, limits);
-    const int64_t dynamic_bytes = plan.dynamic_bytes(shape);
-    if (limits.teams && plan.cluster > 1) {
-      const int64_t teams = TeamLaunch::most(kernel.function, plan.cluster, plan.threads, dynamic_bytes, device);
-      if (teams > 0) return {plan, teams};
-    } else if (ClusterLaunch(plan.cluster, 1, plan.threads, dynamic_bytes, device.stream()).fits(kernel.function)) {
-      return {plan, 0};
-    }
-  }
-}
-
-void launch(const DivergenceKernel& kernel, const ClusterLaunch& launch, const DivergenceArguments& arguments) {
-  STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return Planned<DivergencePlan>{plan, plan.dynamic_bytes(shape), 0};
+  });
 }
 
 void launch(const DivergenceKernel& kernel, const DivergenceTensors& t, const DeviceScope& device) {
-  static PlanCache<Planned, int64_t, bool> plans;  // by the number of chunks, and whether G is kept
+  static PlanCache<Planned<DivergencePlan>, int64_t, bool> plans;  // by the number of chunks, and whether G is kept
   const DivergenceCall& call = t.call;
   const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
   const DivergenceShape shape = shape_of(kernel, call, vocab);
-  const auto [plan, most_teams] = plans.of(device.index(), reinterpret_cast<const void*>(kernel.function), shape.chunks,
-                                           shape.keeps, [&] { return planned(kernel, shape, device); });
-  const int64_t dynamic_bytes = plan.dynamic_bytes(shape);
-  check_grid(call.rows * plan.cluster, vocab);
-  if (most_teams > 0) {
-    const TeamLaunch teams(plan.cluster, std::min(call.rows, most_teams), plan.threads, dynamic_bytes,
-                           kernel.static_bytes, t.loss, device.stream());
-    launch(kernel, teams, arguments_of(call, plan, teams.memory()));
-  } else {
-    const ClusterLaunch clusters(plan.cluster, call.rows, plan.threads, dynamic_bytes, device.stream());
-    launch(kernel, clusters, arguments_of(call, plan, {nullptr, nullptr, 1, 0}));
-  }
+  const auto made = plans.of(device.index(), reinterpret_cast<const void*>(kernel.function), shape.chunks, shape.keeps,
+                             [&] { return planned(kernel, shape, device); });
+  check_grid(call.rows * made.plan.cluster, vocab);
+  launch_rows(kernel.function, made, call.rows, kernel.static_bytes, t.loss, device,
+              [&](const TeamMemory& teams) { return arguments_of(call, made.plan, teams); });
 }
 
 DivergenceKernel kernel_of(const DivergenceCall& call) {

@@ -1,6 +1,4 @@
 // `sample_tokens` on CUDA: one block per row, or a cluster or team of blocks where one has not room for the row.
-#include <algorithm>
-
 #include "../ops/sample_tokens.h"
 #include "cluster_launch.h"
 #include "plan_cache.h"
@@ -32,14 +30,9 @@ int64_t bitmap_bytes(const SampleCall& call) {
   return call.previous || call.banned ? int64_t{4} * bitmap_words(static_cast<int>(call.vocab)) : 0;
 }
 
-struct Planned {
-  SamplePlan plan;
-  int64_t teams;  // the most of one launch; 0: it is none of teams
-};
-
 // Asks the device what it takes, and readies the kernel for any plan: shared memory may grow to all that a block can
 // have.
-Planned planned(const SampleKernel& kernel, int64_t chunks, int64_t bitmaps, const DeviceScope& device) {
+Planned<SamplePlan> planned(const SampleKernel& kernel, int64_t chunks, int64_t bitmaps, const DeviceScope& device) {
   cudaFuncAttributes attributes;
   STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
   const int64_t dynamic =
@@ -48,42 +41,23 @@ Planned planned(const SampleKernel& kernel, int64_t chunks, int64_t bitmaps, con
                   " bytes of shared memory for this vocabulary, more than a block has on this device");
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic)));
-  const bool in_teams = works_in_teams(attributes, device);
-  for (int64_t most = in_teams ? kMaxCluster : most_blocks_of_cluster(attributes, device);; most /= 2) {
+  return planned_to_fit(kernel.function, attributes, device, [&](int64_t most) {
     const SamplePlan plan = plan_sample(chunks, (dynamic - bitmaps) / 16, bitmaps, most);
-    const int64_t bytes = plan.dynamic_bytes(bitmaps);
-    if (in_teams && plan.cluster > 1) {
-      const int64_t teams = TeamLaunch::most(kernel.function, plan.cluster, plan.threads, bytes, device);
-      if (teams > 0) return {plan, teams};
-    } else if (ClusterLaunch(plan.cluster, 1, plan.threads, bytes, device.stream()).fits(kernel.function)) {
-      return {plan, 0};
-    }
-  }
-}
-
-void launch(const SampleKernel& kernel, const ClusterLaunch& launch, const SampleArguments& arguments) {
-  STD_CUDA_CHECK(cudaLaunchKernelEx(launch.config(), kernel.function, arguments));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+    return Planned<SamplePlan>{plan, plan.dynamic_bytes(bitmaps), 0};
+  });
 }
 
 void launch(const SampleTensors& t, const DeviceScope& device) {
-  static PlanCache<Planned, int64_t, int64_t> plans;  // by the number of chunks and the size of the bitmaps
+  static PlanCache<Planned<SamplePlan>, int64_t, int64_t> plans;  // by the number of chunks and the size of the bitmaps
   const SampleKernel kernel = kernel_for(t.type);
   const int64_t chunks = most_chunks(static_cast<int>(t.call.vocab), kernel.chunk_entries);
   const int64_t bitmaps = bitmap_bytes(t.call);
-  const auto [plan, most_teams] = plans.of(device.index(), reinterpret_cast<const void*>(kernel.function), chunks,
-                                           bitmaps, [&] { return planned(kernel, chunks, bitmaps, device); });
-  const int64_t bytes = plan.dynamic_bytes(bitmaps);
-  const int32_t staged = static_cast<int32_t>(plan.staged_chunks);
-  check_grid(t.call.rows * plan.cluster, t.call.vocab);
-  if (most_teams > 0) {
-    const TeamLaunch teams(plan.cluster, std::min(t.call.rows, most_teams), plan.threads, bytes, sizeof(SampleScratch),
-                           t.token, device.stream());
-    launch(kernel, teams, {t.call, staged, teams.memory()});
-  } else {
-    const ClusterLaunch clusters(plan.cluster, t.call.rows, plan.threads, bytes, device.stream());
-    launch(kernel, clusters, {t.call, staged, {nullptr, nullptr, 1, 0}});
-  }
+  const auto made = plans.of(device.index(), reinterpret_cast<const void*>(kernel.function), chunks, bitmaps,
+                             [&] { return planned(kernel, chunks, bitmaps, device); });
+  check_grid(t.call.rows * made.plan.cluster, t.call.vocab);
+  launch_rows(kernel.function, made, t.call.rows, sizeof(SampleScratch), t.token, device, [&](const TeamMemory& teams) {
+    return SampleArguments{t.call, static_cast<int32_t>(made.plan.staged_chunks), teams};
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(
