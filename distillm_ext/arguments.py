@@ -141,10 +141,24 @@ def _row_weight(
     return weight * torch.where(total == 0, torch.zeros_like(total), 1 / total)
 
 
+def _deferred_weight(weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Row weights for the kernel and those to apply to its losses.
+
+    A gradient in float16 has no digits left below 6e-8, where the division of "mean" easily takes it, and what a
+    gradient scaler multiplies by later is lost by then. So its rows are weighted in the backward pass, in float32;
+    the kernel only learns which of them count.
+    """
+    if weight is None or dtype != torch.float16:
+        return weight, None
+    return torch.where(weight.isnan(), weight, (weight != 0).to(weight.dtype)), weight
+
+
 def _checked_num_items(num_items: int | Tensor, weight: Tensor) -> Tensor:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must have one element, got shape {list(num_items.shape)}.")
+        if num_items.is_complex():
+            raise TypeError(f"num_items must be real, got {num_items.dtype}.")
         return num_items.detach().reshape(()).to(weight)
     count = checked_number(num_items, "num_items")
     if not 0.0 <= count < math.inf:

@@ -17,6 +17,7 @@ from .arguments import (
     _check_tail,
     _check_vocab_size,
     _check_vocabularies,
+    _deferred_weight,
     _row_weight,
     _rows_of,
 )
@@ -175,14 +176,19 @@ def distillation_loss(  # type: ignore[misc]
     shape = student_logits.shape[:-1]
     rows = _rows_of(student_logits, loss_dtype(student_logits.dtype))
     flat_labels, flat_weight = rows(labels, "labels", integer=True), rows(weight, "weight")
+    row_weight, deferred = _deferred_weight(
+        _row_weight(flat_weight, flat_labels, shape, student_logits, reduction, num_items, ignore_index),
+        student_logits.dtype,
+    )
     sides = RowSides(
         flat_labels,
-        _row_weight(flat_weight, flat_labels, shape, student_logits, reduction, num_items, ignore_index),
+        row_weight,
         rows(alpha if isinstance(alpha, Tensor) else None, "alpha"),
         rows(_cap_tensor(cap, student_logits), "cap"),
     )
     request = _Request(vocab_size or 0, inplace, return_metrics)
     row_losses, metrics = _row_losses(student_logits, teacher_rows, sides, options, request)
+    row_losses = row_losses if deferred is None else row_losses * deferred
     loss = row_losses.reshape(shape) if reduction == "none" else row_losses.sum()
     return (loss, DivergenceMetrics.from_rows(metrics, shape)) if return_metrics else loss
 

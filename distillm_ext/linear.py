@@ -91,8 +91,9 @@ def linear_distillation_loss(  # type: ignore[misc]
     the memory beyond inputs and gradients is that of ``chunk_rows`` logits of both sides, the student's of which become
     their gradient (as in Liger Kernel, Hsu et al., 2024, for hard labels); a soft-cap adds an eighth of them.
 
-    Gradients are formed in the forward pass, those that are needed, and only where gradients are enabled; weight and
-    bias accumulate in float32. The backward pass multiplies them by the upstream gradient; a unit one costs nothing.
+    Gradients are formed in the forward pass, those that are needed, and only where gradients are enabled. Those of
+    weight and bias accumulate in float32: for a narrower weight that is another [V, H] of memory, in float16 until the
+    backward pass. The backward pass multiplies them by the upstream gradient; a unit one costs nothing.
     ``reduction="none"`` has an upstream gradient per position, which the weight's gradient needs to know: its backward
     pass computes the logits again.
 
@@ -113,10 +114,10 @@ def linear_distillation_loss(  # type: ignore[misc]
         logit_softcap: c > 0, None for none.
         logit_scale: factor on the student's logits, > 0.
         chunk_rows: the most rows whose logits exist at a time; None: as many as 256 MiB hold (at least 16).
-        rows: [n] int64 indices into the flattened positions, distinct: the positions to look at; all others count as
-            ignored. On the CPU the operator finds them itself. On CUDA that would wait for the device: an index made
-            where the batch is collated keeps ignored positions out of the products; without it they take part and
-            their gradient is 0.
+        rows: [n] int64 indices into the flattened positions, distinct (checked on the CPU alone): the positions to look
+            at; all others count as ignored. On the CPU the operator finds them itself. On CUDA that would wait for the
+            device: an index made where the batch is collated keeps ignored positions out of the products; without it
+            they take part and their gradient is 0.
         divergence, alpha, beta, temperature, weight, cap, ignore_index, reduction, ce_weight, detach_mixture, tail,
             num_items, vocab_size, return_metrics: see `distillation_loss`.
 
@@ -132,6 +133,8 @@ def linear_distillation_loss(  # type: ignore[misc]
         >>> teacher = TeacherHead(torch.randn(2, 8, 128), torch.randn(32000, 128))
         >>> linear_distillation_loss(hidden, weight, teacher, divergence="skew_kl", alpha=0.1).backward()
     """
+    if teacher is None:
+        raise TypeError("teacher must be a TeacherHead, CompressedLogits or a tensor of logits, got NoneType.")
     student = LinearHead(student_hidden, student_weight, student_bias, logit_softcap, logit_scale)
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
     _check_tail(tail, isinstance(teacher, CompressedLogits))
@@ -241,7 +244,7 @@ def _row_sides(
     flat = _rows_of(like, loss_dtype(like.dtype))
     flat_labels, flat_weight = flat(labels, "labels", integer=True), flat(weight, "weight")
     if rows is not None:
-        flat_weight = _only(checked_rows(rows), flat_weight, like)
+        flat_weight = _only(checked_rows(rows, like.shape[:-1].numel()), flat_weight, like)
     return RowSides(
         flat_labels,
         _row_weight(flat_weight, flat_labels, like.shape[:-1], like, reduction, num_items, ignore_index),
@@ -283,7 +286,7 @@ def _kept_arguments(
     if teacher is None:
         return (None, None, None, None, None), 0
     if need_metrics:
-        raise ValueError("metrics need the teacher's logits; CompressedLogits do not determine its entropy.")
+        raise ValueError("return_metrics needs the teacher's logits; CompressedLogits do not determine its entropy.")
     rows = checked_compressed(
         teacher, options, tail, like.shape[:-1], student.weight.shape[0], vocab_size, like.dtype, like.device
     )

@@ -35,6 +35,8 @@ def checked_sides(
         _check_head(teacher, _TEACHER_NAMES)
         _check_fit(teacher.hidden, "teacher.hidden", student.hidden, dtype)
         _check_fit(teacher.weight, "teacher.weight", None, dtype)
+        if teacher.bias is not None:
+            _check_fit(teacher.bias, "teacher.bias", None, dtype)
         vocabularies.append(teacher.weight.shape[0])
     elif teacher is not None:
         raise TypeError(
@@ -85,14 +87,23 @@ def _check_floating(value: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
     if value.dtype not in _LOGIT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}.")
+    if hasattr(value, "full_tensor") and hasattr(value, "device_mesh"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor; under FSDP call the loss inside the forward of the module "
+            "that owns the weight, elsewhere pass its full_tensor()."
+        )
 
 
 def _product_dtype(student: LinearHead) -> torch.dtype:
     hidden, weight, device = student.hidden, student.weight, student.hidden.device
     require_backend(device)
+    sides = ((weight, "student_weight"), (student.bias, "student_bias"))
     if weight.dtype != torch.float64 and device.type != "meta" and torch.is_autocast_enabled(device.type):
+        for tensor, name in ((hidden, "student_hidden"), *sides):
+            if tensor is not None and tensor.dtype == torch.float64:
+                raise TypeError(f"{name} is float64, which autocast would narrow, but student_weight {weight.dtype}.")
         return torch.get_autocast_dtype(device.type)
-    for tensor, name in ((weight, "student_weight"), (student.bias, "student_bias")):
+    for tensor, name in sides:
         if tensor is not None and tensor.dtype != hidden.dtype:
             raise TypeError(
                 f"{name} must have the dtype of student_hidden, {hidden.dtype}, outside of autocast, got "
@@ -123,12 +134,20 @@ def check_devices(device: torch.device, **values: object) -> None:
             raise ValueError(f"{name} must be on the device of student_hidden, {device}, got {value.device}.")
 
 
-def checked_rows(rows: Tensor) -> Tensor:
+def checked_rows(rows: Tensor, positions: int) -> Tensor:
+    """The values are looked at where that does not wait for a device and no compiler traces."""
     if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
         found = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
         raise TypeError(f"rows must be an int64 tensor of indices into the flattened positions, got {found}.")
     if rows.dim() != 1:
         raise ValueError(f"rows must have shape [n], got {list(rows.shape)}.")
+    if type(rows) is not Tensor or rows.device.type != "cpu" or torch.compiler.is_compiling() or len(rows) == 0:
+        return rows
+    low, high = (int(x) for x in rows.aminmax())
+    if low < 0 or high >= positions:
+        raise ValueError(f"rows must lie in 0..{positions - 1}, the flattened positions, got {low}..{high}.")
+    if len(rows.unique()) < len(rows):
+        raise ValueError("rows must be distinct, got some of them more than once.")
     return rows
 
 

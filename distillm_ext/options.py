@@ -67,7 +67,9 @@ def checked_options(
         raise ValueError(f"ce_weight must be finite and not negative, got {ce_weight}.")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}.")
-    return DivergenceOptions(divergence, a, b, temperature, ce_weight, ignore_index, bool(detach_mixture))
+    if not isinstance(detach_mixture, bool):
+        raise TypeError(f"detach_mixture must be a bool, got {type(detach_mixture).__name__}.")
+    return DivergenceOptions(divergence, a, b, temperature, ce_weight, ignore_index, detach_mixture)
 
 
 def _hyper_parameter(value: float | None, name: str, divergence: str, defaults: dict[str, float | None]) -> float:

@@ -110,7 +110,7 @@ def test_plan():
         for arch in ALL_ARCHITECTURES:
             plan = plan_launch(case, arch)
             turns, _ = case.turns(plan.cluster, plan.threads)
-            assert plan.threads % 32 == 0 and 32 <= plan.threads <= 512
+            assert plan.threads % 32 == 0 and 32 <= plan.threads <= 384
             assert 0 <= plan.kept_turns <= plan.staged_turns <= turns
             assert plan.staged_turns == turns or (vocab == 262144 and arch in ("sm_86", "sm_89", "sm_120"))
             assert plan_launch(case, arch, clusters=False).cluster == 1
@@ -121,10 +121,10 @@ def test_plan():
 def test_plan_of_teams():
     """A block stays alone where it can stage the row; else the smallest team, with two blocks on a multiprocessor if
     that suffices."""
-    for arch, alone in (("sm_80", 40000), ("sm_86", 24000)):
+    for arch, alone in (("sm_80", 39000), ("sm_86", 23000)):
         assert planned(alone, arch).cluster == 1 and planned(alone + 2000, arch).cluster > 1
-    assert (planned(50257, "sm_80").cluster, planned(50257, "sm_80").threads) == (4, 256)
-    assert (planned(151936, "sm_80").cluster, planned(151936, "sm_80").threads) == (4, 512)
+    assert (planned(50257, "sm_80").cluster, planned(50257, "sm_80").threads) == (4, 192)
+    assert (planned(151936, "sm_80").cluster, planned(151936, "sm_80").threads) == (8, 192)
     assert planned(151936, "sm_86").cluster == planned(262144, "sm_86").cluster == 8
 
 
@@ -133,5 +133,5 @@ def test_as_planned(arch, options, rng):
     case = DivergenceCase(logits(rng, 1, 50257, BF16), logits(rng, 1, 50257, BF16), "skew_reverse_kl")
     result = launch_planned(case, arch, count=True, **options)
     counted = sum(buffer.load_bytes for buffer in result.counters.buffers[:2]) / case.student.nbytes / 2
-    assert counted <= (1.4 if options else 1.01)
+    assert counted <= (1.42 if options else 1.01)
     assert result.counters.buffers[2].store_bytes == case.student.nbytes

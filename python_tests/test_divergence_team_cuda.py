@@ -128,7 +128,7 @@ def test_independent_of_schedule_and_teams(divergence, rng):
         np.testing.assert_array_equal(results[0].gradient, other.gradient)
 
 
-@pytest.mark.parametrize("divergence,exchanged_bytes", [("skew_kl", 16), ("adaptive_kl", 128)])
+@pytest.mark.parametrize("divergence,exchanged_bytes", [("skew_kl", 16), ("adaptive_kl", 208)])
 def test_counted_traffic(divergence, exchanged_bytes, rng):
     """One read of each logit and one write of each gradient, as in the shared memory of one block. adaptive_kl would
     visit the row again if a block had not found the list of another."""

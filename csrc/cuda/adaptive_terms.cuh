@@ -3,140 +3,147 @@
 //   value = (1 - s) F + s R,  F = KL(p || q), R = KL(q || p)       G = -(1 - s) (p - q) + s q log(q / p),  sum G = s R
 //
 // (q times any constant may be added to G: it is q times its own sum that the gradient subtracts.) The share s needs
-// the teacher's head, which few entries decide. The first visit leaves the largest logit of every thread; of their
-// masses, of which there is a histogram over log2 p, those from some log2 p on hold more than mu, all the more do all
-// entries from there on, so that these contain the head. The second visit lists them, usually a few hundred of the row,
-// and one warp finds the boundary among them. Where the threads' largest do not hold mu, as in a flat row, or the list
-// has no room, the row is visited again (head_entries.cuh).
+// the teacher's head, which few entries decide: those of a range of log2 p that is known before the second visit
+// (head_range.cuh). That visit lists them, usually a few hundred of the row, sums up those beyond, and one warp finds
+// the boundary in the list. Where the boundary is not in it, or the list has no room, as in a row of equal logits, the
+// row is visited again (head_entries.cuh).
 #pragma once
 
 #include "divergence_terms.cuh"
-#include "head_entries.cuh"
+#include "head_range.cuh"
 
 namespace distillm {
 
-// The largest of the teacher's logits that a thread sees.
-struct LargestSeen {
-  float logit = kMinusInfinity<float>;
-
-  template <int N>
-  __device__ void add(const float (&teacher)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) logit = fmaxf(logit, teacher[i]);
-  }
+// What a thread sums up over its entries, or those of a chunk: |p - q| and p of what is not listed. In a flat row
+// the latter of what lies beyond the list alone, and `head` is |p - q| of that, of which `all` holds it too.
+struct AdaptiveSums {
+  float all = 0, rest = 0, head = 0;
 };
 
 struct AdaptiveTerms {
   using Scratch = HeadScratch;
-  using Watch = LargestSeen;
-  static constexpr int kSteps = 8;          // of the histogram, per factor of two in p
-  static constexpr float kUnit = 1 << 28;   // its counters': the mass of a row fits
-  static constexpr float kMargin = 1.001f;  // for rounding, to the safe side
+  template <class Stored>
+  using Watch = LargestSeen<Stored>;
 
   Softmax q, p;
-  float mu, largest, lightest;
-  float tail, rest;  // of the entries that are not listed: sum |p - q| and mass
+  float mu, largest;
+  HeadRange range;
+  AdaptiveSums sums;
   float share_of_reverse;
   bool infinite;  // whether this thread has seen an entry of -inf
   Scratch& scratch;
 
   __device__ static bool legal(const RowParameters<float>& row) { return in_unit_interval(row.alpha); }
-  __device__ AdaptiveTerms(const RowSoftmaxes& softmaxes, const RowParameters<float>& row, Watch watch,
+  __device__ AdaptiveTerms(const RowSoftmaxes& softmaxes, const RowParameters<float>& row, float largest,
                            Scratch& scratch)
       : q(softmaxes.q),
         p(softmaxes.p),
         mu(row.alpha),
-        largest(watch.logit),
-        tail(0),
-        rest(0),
+        largest(largest),
+        range(HeadRange::nothing()),
         share_of_reverse(0),
         infinite(false),
         scratch(scratch) {}
 
-  // Finds `lightest`: log2 p of listed entries is not below it.
   template <class Rows>
   __device__ void prepare(const Rows& rows) {
-    unsigned* const histogram = reinterpret_cast<unsigned*>(scratch.histogram);
-    for (int i = threadIdx.x; i < kDigits; i += blockDim.x) histogram[i] = 0;
-    if (threadIdx.x == 0) scratch.listed = 0;
-    __syncthreads();
-    const float log2_p = p.log2_probability(largest);
-    const int step = min(max(static_cast<int>(-kSteps * log2_p), 0), kDigits - 1);
-    atomicAdd(&histogram[step], static_cast<unsigned>(exp2_fast(log2_p) * kUnit));
-    rows.cluster.synchronize_exposing(histogram, kDigits);
-    if (threadIdx.x < kWarp) {
-      const int last = last_step(rows.cluster, histogram);
-      if (threadIdx.x == 0) scratch.lightest = last < kDigits - 1 ? -(last + 1.0f) / kSteps - 0.01f : CUDART_INF_F;
-    }
-    __syncthreads();
-    lightest = scratch.lightest;
-  }
-  // The step at which the mass from the largest on passes mu; kDigits: none.
-  __device__ int last_step(const Cluster& cluster, unsigned* histogram) const {
-    constexpr int kOfLane = kDigits / kWarp;
-    const int lane = threadIdx.x % kWarp;
-    unsigned mass[kOfLane] = {}, own = 0;
-    for (int block = 0; block < cluster.size; ++block) {
-      const unsigned* const of_block = cluster.in_block(histogram, block) + lane * kOfLane;
-#pragma unroll
-      for (int i = 0; i < kOfLane; ++i) mass[i] += of_block[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kOfLane; ++i) own += mass[i];
-    unsigned before = static_cast<unsigned>(warp_inclusive(own)) - own;
-    const float target = mu * kMargin * kUnit;
-    int last = kDigits;
-#pragma unroll
-    for (int i = kOfLane - 1; i >= 0; --i) {
-      if (static_cast<float>(before + own) > target) last = lane * kOfLane + i;
-      own -= mass[i];
-    }
-    return __reduce_min_sync(kAllLanes, last);
+    range = HeadRangeSearch<Rows>{rows, p, mu, scratch}.range(largest);
   }
 
   template <class First, int N>
   __device__ void chunk(First first, const float (&student_logits)[N], const float (&teacher_logits)[N],
                         Term<float>& sum, float (&log2_p)[N]) {
-    float forward = 0, reverse = 0, distances = 0, masses = 0, highest = -CUDART_INF_F;
+    float forward = 0, reverse = 0, distances = 0, masses = 0;
+    const bool some_listed =
+        range.flat() ? add_flat(student_logits, teacher_logits, forward, reverse, distances, log2_p)
+                     : add_peaked(student_logits, teacher_logits, forward, reverse, distances, masses, log2_p);
+    if (!(fabsf(forward + reverse) < CUDART_INF_F)) add_infinite(student_logits, log2_p, forward, reverse);
+    if (some_listed) list_some(first, student_logits, teacher_logits, log2_p, distances, masses);
+    sum.value += forward;
+    sum.g -= reverse;
+    sums.all += distances;
+    if (!range.flat()) sums.rest += masses;
+  }
+  struct Pair {
+    float log2_ratio, p, q;
+  };
+  __device__ Pair pair_of(float student_logit, float log2_p) const {
+    const float log2_q = q.log2_probability(student_logit);
+    return {log2_p - log2_q, exp2_fast(log2_p), exp2_fast(log2_q)};
+  }
+  // Both return whether an entry of the chunk has to be listed.
+  template <int N>
+  __device__ bool add_peaked(const float (&student_logits)[N], const float (&teacher_logits)[N], float& forward,
+                             float& reverse, float& distances, float& masses, float (&log2_p)[N]) const {
+    float highest = -CUDART_INF_F;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       log2_p[i] = p.log2_probability(teacher_logits[i]);
-      const float log2_q = q.log2_probability(student_logits[i]), log2_ratio = log2_p[i] - log2_q;
-      const float p_v = exp2_fast(log2_p[i]), q_v = exp2_fast(log2_q);
-      forward = fmaf(p_v, log2_ratio, forward);
-      reverse = fmaf(-q_v, log2_ratio, reverse);
-      distances += fabsf(p_v - q_v);
-      masses += p_v;
+      const Pair x = pair_of(student_logits[i], log2_p[i]);
+      forward = fmaf(x.p, x.log2_ratio, forward);
+      reverse = fmaf(x.q, x.log2_ratio, reverse);
+      distances += fabsf(x.p - x.q);
+      masses += x.p;
       highest = fmaxf(highest, log2_p[i]);
     }
-    if (!(fabsf(forward) + fabsf(reverse) < CUDART_INF_F)) {
-      infinite = true;
-      forward = reverse = 0;
+    return highest >= range.lower;
+  }
+  template <int N>
+  __device__ bool add_flat(const float (&student_logits)[N], const float (&teacher_logits)[N], float& forward,
+                           float& reverse, float& distances, float (&log2_p)[N]) {
+    float highest = -CUDART_INF_F;
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float log2_q = q.log2_probability(student_logits[i]);
-        forward += a_log_a_over_b(exp2_fast(log2_p[i]), log2_p[i], log2_q) * static_cast<float>(kLog2E);
-        reverse += a_log_a_over_b(exp2_fast(log2_q), log2_q, log2_p[i]) * static_cast<float>(kLog2E);
+    for (int i = 0; i < N; ++i) {
+      log2_p[i] = p.log2_probability(teacher_logits[i]);
+      const Pair x = pair_of(student_logits[i], log2_p[i]);
+      forward = fmaf(x.p, x.log2_ratio, forward);
+      reverse = fmaf(x.q, x.log2_ratio, reverse);
+      const float distance = fabsf(x.p - x.q);
+      distances += distance;
+      beyond_or_highest(log2_p[i], distance, x.p, highest);
+    }
+    return highest >= range.lower;
+  }
+  // Beyond the list, adds to the sums, else raises `highest`: under a predicate, where the compiler would select what
+  // to add.
+  __device__ void beyond_or_highest(float log2_p, float distance, float mass, float& highest) {
+    asm("{.reg .pred beyond; setp.ge.f32 beyond, %3, %4; @beyond add.f32 %0, %0, %5; @beyond add.f32 %1, %1, %6; "
+        "@!beyond max.f32 %2, %2, %3;}"
+        : "+f"(sums.head), "+f"(sums.rest), "+f"(highest)
+        : "f"(log2_p), "f"(range.upper), "f"(distance), "f"(mass));
+  }
+  template <int N>
+  __device__ void add_infinite(const float (&student_logits)[N], const float (&log2_p)[N], float& forward,
+                               float& reverse) {
+    infinite = true;
+    forward = reverse = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float log2_q = q.log2_probability(student_logits[i]);
+      forward += a_log_a_over_b(exp2_fast(log2_p[i]), log2_p[i], log2_q) * static_cast<float>(kLog2E);
+      reverse -= a_log_a_over_b(exp2_fast(log2_q), log2_q, log2_p[i]) * static_cast<float>(kLog2E);
+    }
+  }
+  // Takes what it lists out of the sums. Of a peaked row that may be nearly all, so they are made anew.
+  template <class First, int N>
+  __device__ void list_some(First first, const float (&student_logits)[N], const float (&teacher_logits)[N],
+                            const float (&log2_p)[N], float& distances, float& masses) {
+    const bool flat = range.flat();
+    if (!flat) distances = masses = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const bool listed = log2_p[i] >= range.lower && log2_p[i] < range.upper;
+      if (flat && !listed) continue;
+      const Pair x = pair_of(student_logits[i], log2_p[i]);
+      const float distance = fabsf(x.p - x.q);
+      if (listed) list({teacher_logits[i], first() + i, distance});
+      if (flat) {
+        distances -= distance;
+      } else if (!listed) {
+        distances += distance;
+        masses += x.p;
       }
     }
-    if (highest >= lightest) {
-      distances = masses = 0;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float p_v = exp2_fast(log2_p[i]);
-        const float distance = fabsf(p_v - exp2_fast(q.log2_probability(student_logits[i])));
-        if (log2_p[i] >= lightest) {
-          list({teacher_logits[i], first() + i, distance});
-        } else {
-          distances += distance;
-          masses += p_v;
-        }
-      }
-    }
-    sum.value += forward;
-    sum.g += reverse;
-    tail += distances;
-    rest += masses;
   }
   __device__ void list(const ListedEntry& entry) {
     const int place = atomicAdd(&scratch.listed, 1);
@@ -148,14 +155,10 @@ struct AdaptiveTerms {
     for (int i = 0; i < N; ++i) log2_p[i] = p.log2_probability(teacher_logits[i]);
   }
 
-  __device__ void publish() {
-    scratch.tail.publish({}, tail);
-    scratch.rest.publish({}, rest);
-  }
+  __device__ void publish() { scratch.unlisted.publish({sums.all - sums.head, sums.rest, sums.head, 0}); }
   template <class Rows>
   __device__ void share(const Rows& rows) {
-    scratch.tail.share({}, rows.cluster);
-    scratch.rest.share({}, rows.cluster);
+    scratch.unlisted.share(rows.cluster);
     rows.cluster.expose(&scratch.listed, 1, threadIdx.x, kWarp);
     rows.cluster.expose(scratch.list, min(scratch.listed, kListed), threadIdx.x, kWarp);
   }
@@ -173,28 +176,31 @@ struct AdaptiveTerms {
   }
   template <class Rows>
   __device__ Gaps gaps_of(const Rows& rows) {
-    tail = scratch.tail.total({}, rows.cluster);
-    rest = scratch.rest.total({}, rows.cluster);
-    if (!(mu < 1)) return {tail, 0, true};
-    if (lightest < CUDART_INF_F) {
+    float sum[4];
+    scratch.unlisted.totals(rows.cluster, sum);
+    if (!(mu < 1)) return {sum[0], 0, true};
+    if (range.lower < CUDART_INF_F) {
+      const bool flat = range.flat();
+      const Unlisted unlisted{flat ? 0 : sum[1], flat ? sum[1] : 0, sum[2], sum[0]};
       if (rows.cluster.rank == 0 && threadIdx.x < kWarp) {
-        rows.cluster.to_all_blocks(&scratch.gaps, listed_gaps(rows));
+        rows.cluster.to_all_blocks(&scratch.gaps, listed_gaps(rows, unlisted));
       }
       rows.cluster.synchronize();
       const Gaps gaps = *rows.cluster.received(&scratch.gaps);
       if (gaps.known) return gaps;
     }
-    rows.stage_again([](const auto&, const auto&) {});
+    constexpr int N = Rows::N;
+    rows.stage_again([](const float (&)[N], const float (&)[N], const typename Rows::Logits&) {});
     return RowEntries<Rows>{rows, q, p, scratch}.gaps(mu);
   }
   template <class Rows>
-  __device__ Gaps listed_gaps(const Rows& rows) const {
+  __device__ Gaps listed_gaps(const Rows& rows, const Unlisted& unlisted) const {
     int longest = 0;
     for (int block = 0; block < rows.cluster.size; ++block) {
       longest = max(longest, rows.cluster.in_block(&scratch, block)->listed);
     }
     if (longest > kListed) return {0, 0, false};
-    return ListedEntries<Rows>{rows, p, scratch, rest}.gaps(mu, tail);
+    return ListedEntries<Rows>{rows, p, scratch, unlisted}.gaps(mu);
   }
 
   template <int N>

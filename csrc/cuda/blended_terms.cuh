@@ -15,6 +15,7 @@ namespace distillm {
 
 struct BlendedTerms {
   using Scratch = Partials<Highest>;
+  template <class Stored>
   using Watch = NoWatch;
   static constexpr float kSmallestSum = 9.094947e-13f;  // 2^-40: what underflows below 2^-126 is then below 2^-86 of it
   Softmax q, p;
@@ -25,7 +26,7 @@ struct BlendedTerms {
   Scratch& scratch;
 
   __device__ static bool legal(const RowParameters<float>& row) { return in_unit_interval(row.alpha); }
-  __device__ BlendedTerms(const RowSoftmaxes& softmaxes, const RowParameters<float>& row, Watch, Scratch& scratch)
+  __device__ BlendedTerms(const RowSoftmaxes& softmaxes, const RowParameters<float>& row, float, Scratch& scratch)
       : q(softmaxes.q),
         p(softmaxes.p),
         t(row.alpha),
@@ -94,10 +95,11 @@ struct BlendedTerms {
     if (sum.g < kSmallestSum && !repeated) {
       constexpr int N = Rows::N;
       float largest = -FLT_MAX;
-      rows.stage_again([&](const float (&student_logits)[N], const float (&teacher_logits)[N]) {
+      rows.stage_again(
+          [&](const float (&student_logits)[N], const float (&teacher_logits)[N], const typename Rows::Logits&) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) largest = fmaxf(largest, blended_logit(student_logits[i], teacher_logits[i]));
-      });
+            for (int i = 0; i < N; ++i) largest = fmaxf(largest, blended_logit(student_logits[i], teacher_logits[i]));
+          });
       origin = scratch.over({}, largest, rows.cluster);
       return repeated = true;
     }

@@ -41,17 +41,18 @@ struct Cluster {
 #endif
   }
 
-  // Lane i of a warp writes x to what block i of the cluster keeps at p, in shared memory; after the next barrier every
-  // block finds it at received(p). The compiler may look the address up before it asks whether there is such a block.
-  // What a team sends to all of its blocks lies in one place.
-  template <class T>
+  // A warp writes kCount values, which lanes l with equal l % kCount hold, to what every block of the cluster keeps at
+  // p, in shared memory; after the next barrier every block finds them at received(p). The compiler may look the
+  // address up before it asks whether there is such a block. What a team sends to all of its blocks lies in one place.
+  template <int kCount = 1, class T>
   __device__ void to_all_blocks(T* p, const T& x) const {
+    static_assert(32 % kCount == 0 && kCount * kMaxCluster <= 32, "one value per lane");
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #if __CUDA_ARCH__ >= 900
-    T* const target = in_block(p, min(lane, size - 1));
-    if (lane < size) *target = x;
+    T* const target = in_block(p + lane % kCount, min(lane / kCount, size - 1));
+    if (lane / kCount < size) *target = x;
 #else
-    if (lane == 0) *in_block(p, 0) = x;
+    if (lane < kCount) *in_block(p + lane, 0) = x;
 #endif
   }
   template <class T>

@@ -14,10 +14,9 @@ namespace distillm {
 // room for that to be rare. -FLT_MAX stands for -inf as a shift, so that a sum over nothing but -inf is 0 and not NaN;
 // a NaN or +inf among the logits makes the sum NaN or +inf.
 struct ShiftedSum {
-  float shift, sum;
+  float minus_shift, sum;  // the shift as it is added, which saves its negation
 
-  __device__ static ShiftedSum from(float logit, float scale) { return {fmaxf(logit * scale, -FLT_MAX), 0.0f}; }
-  __device__ static ShiftedSum empty() { return {-FLT_MAX, 0.0f}; }
+  __device__ static ShiftedSum from(float logit, float scale) { return {-fmaxf(logit * scale, -FLT_MAX), 0.0f}; }
 
   template <int N>
   __device__ void add(const float (&z)[N], float scale) {
@@ -26,16 +25,16 @@ struct ShiftedSum {
       float highest = z[0];
 #pragma unroll
       for (int i = 1; i < N; ++i) highest = fmaxf(highest, z[i]);
-      raise(fmaxf(shift, highest * scale));
+      raise(fminf(minus_shift, -highest * scale));
       more = total(z, scale);
     }
     sum += more;
   }
 
-  // __fmul_rn is never contracted with a later sum: lanes that exchange sums stay bit-identical.
-  __device__ void raise(float higher) {
-    sum = __fmul_rn(sum, exp2_fast(shift - higher));
-    shift = higher;
+  // To a larger shift. __fmul_rn is never contracted with a later sum: lanes that exchange sums stay bit-identical.
+  __device__ void raise(float minus_higher) {
+    sum = __fmul_rn(sum, exp2_fast(minus_higher - minus_shift));
+    minus_shift = minus_higher;
   }
   __device__ bool usable() const { return sum > 0 && sum < CUDART_INF_F; }
 
@@ -44,18 +43,19 @@ struct ShiftedSum {
 
   template <int N>
   __device__ float total(const float (&z)[N], float scale) const {
-    float total = exp2_fast(fmaf(z[0], scale, -shift));
+    float total = exp2_fast(fmaf(z[0], scale, minus_shift));
 #pragma unroll
-    for (int i = 1; i < N; ++i) total += exp2_fast(fmaf(z[i], scale, -shift));
+    for (int i = 1; i < N; ++i) total += exp2_fast(fmaf(z[i], scale, minus_shift));
     return total;
   }
 };
 
-// How values combine over groups of kLanes neighbouring lanes, a power of two.
+// How values combine over groups of kLanes neighbouring lanes, a power of two. empty(other): the value that changes
+// nothing where it is combined with `other`.
 struct Add {
   using Value = float;
 
-  __device__ Value empty() const { return 0.0f; }
+  __device__ Value empty(Value) const { return 0.0f; }
   template <int kLanes>
   __device__ Value lanes(Value x) const {
     return warp_sum<kLanes>(x);
@@ -65,7 +65,7 @@ struct Add {
 struct Highest {
   using Value = float;
 
-  __device__ Value empty() const { return -CUDART_INF_F; }
+  __device__ Value empty(Value) const { return -CUDART_INF_F; }
   template <int kLanes>
   __device__ Value lanes(Value x) const {
     return warp_max<kLanes>(x);
@@ -75,16 +75,18 @@ struct Highest {
 struct AddExponentials {
   using Value = ShiftedSum;
 
-  __device__ Value empty() const { return ShiftedSum::empty(); }
+  __device__ Value empty(Value other) const { return {other.minus_shift, 0.0f}; }
+  // Shifts are nearly always those of the row's first logit in all threads.
   template <int kLanes>
   __device__ Value lanes(Value x) const {
-    x.raise(warp_max<kLanes>(x.shift));
+    const float of_first = __shfl_sync(kAllLanes, x.minus_shift, 0);
+    if (!__all_sync(kAllLanes, x.minus_shift == of_first)) x.raise(-warp_max<kLanes>(-x.minus_shift));
     x.sum = warp_sum<kLanes>(x.sum);
     return x;
   }
 };
 
-constexpr int kMaxBlockWarps = 16;
+constexpr int kMaxBlockWarps = 12;
 
 // A reduction has three steps, so that several share their barriers:
 //
@@ -108,14 +110,14 @@ struct Partials {
   __device__ void share(const Combine& combine, const Cluster& cluster) {
     const int lane = threadIdx.x;
     const bool used = lane < static_cast<int>(blockDim.x) / kWarp;
-    const Value x = combine.template lanes<kWarp>(used ? of_warp[lane] : combine.empty());
+    const Value x = combine.template lanes<kWarp>(used ? of_warp[lane] : combine.empty(of_warp[0]));
     cluster.to_all_blocks(of_block + cluster.rank, x);
   }
   __device__ Value total(const Combine& combine, const Cluster& cluster) const {
     if (cluster.size == 1) return of_block[0];
     const int block = threadIdx.x % kMaxCluster;
     const Value* const received = cluster.received(of_block);
-    return combine.template lanes<kMaxCluster>(block < cluster.size ? received[block] : combine.empty());
+    return combine.template lanes<kMaxCluster>(block < cluster.size ? received[block] : combine.empty(received[0]));
   }
   // All steps of one reduction, where nothing else shares the barriers.
   __device__ Value over(const Combine& combine, Value x, const Cluster& cluster) {
@@ -124,6 +126,60 @@ struct Partials {
     if (threadIdx.x < kWarp) share(combine, cluster);
     cluster.synchronize();
     return total(combine, cluster);
+  }
+};
+
+// Partials of kCount sums, which share their shuffles: at each of the first steps lanes exchange half of their sums, so
+// that in the end those with equal lane % kCount hold one of them.
+template <int kCount>
+struct JointPartials {
+  using Values = float[kCount];
+  Values of_warp[kMaxBlockWarps], of_block[kMaxCluster];
+
+  __device__ void publish(const Values& x) {
+    const float sum = lanes_apart<kCount, kWarp>(scattered(x));
+    const int lane = threadIdx.x % kWarp;
+    if (lane < kCount) of_warp[threadIdx.x / kWarp][lane] = sum;
+  }
+  __device__ void share(const Cluster& cluster) {
+    const int lane = threadIdx.x;
+    float sum = 0;
+    for (int warp = lane / kCount; warp < static_cast<int>(blockDim.x) / kWarp; warp += kWarp / kCount) {
+      sum += of_warp[warp][lane % kCount];
+    }
+    cluster.to_all_blocks<kCount>(of_block[cluster.rank], lanes_apart<kCount, kWarp>(sum));
+  }
+  __device__ void totals(const Cluster& cluster, Values& x) const {
+    const int lane = threadIdx.x % (kCount * kMaxCluster);
+    const float* const received = cluster.received(of_block[0]);
+    const float sum = lanes_apart<kCount, kCount * kMaxCluster>(lane < kCount * cluster.size ? received[lane] : 0.0f);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = __shfl_sync(kAllLanes, sum, i);
+  }
+
+ private:
+  // The sum over lanes that are multiples of `from` apart, in groups of `to`.
+  template <int from, int to>
+  __device__ static float lanes_apart(float x) {
+#pragma unroll
+    for (int lane = from; lane < to; lane *= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
+    return x;
+  }
+  // Lane l: the sum of x[l % kCount] over the kCount lanes around it.
+  __device__ static float scattered(const Values& x) {
+    float sums[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sums[i] = x[i];
+#pragma unroll
+    for (int bit = 1; bit < kCount; bit *= 2) {
+      const bool odd = threadIdx.x & bit;
+#pragma unroll
+      for (int i = 0; i < kCount / bit / 2; ++i) {
+        const float mine = odd ? sums[2 * i + 1] : sums[2 * i], other = odd ? sums[2 * i] : sums[2 * i + 1];
+        sums[i] = mine + __shfl_xor_sync(kAllLanes, other, bit);
+      }
+    }
+    return sums[0];
   }
 };
 

@@ -20,7 +20,7 @@ constexpr int kMaxBlockThreads = kMaxBlockWarps * kWarp;
 
 struct Scratch {
   Partials<AddExponentials> student, teacher, unit;
-  Partials<Add> value, g;
+  JointPartials<2> terms;  // value and G
   Partials<Highest> student_highest, teacher_highest;
   MetricsScratch metrics;
   TeamTurn turn;
@@ -66,10 +66,12 @@ __device__ __forceinline__ RowSoftmaxes softmaxes_of(RowSums sums, const Softmax
   }
   cluster.synchronize();
   const ShiftedSum student = scratch.student.total({}, cluster), teacher = scratch.teacher.total({}, cluster);
-  const ShiftedSum unit = scales.own_unit ? scratch.unit.total({}, cluster) : student;
-  return {Softmax::of(student, scales.own, origins.student), Softmax::of(teacher, scales.own, origins.teacher),
-          Softmax::of(unit, scales.own_unit ? scales.unit : scales.own, origins.student),
-          student.usable() && teacher.usable() && unit.usable()};
+  const Softmax q = Softmax::of(student, scales.own, origins.student);
+  const Softmax p = Softmax::of(teacher, scales.own, origins.teacher);
+  const bool legal = student.usable() && teacher.usable();
+  if (!scales.own_unit) return {q, p, q, legal};
+  const ShiftedSum unit = scratch.unit.total({}, cluster);
+  return {q, p, Softmax::of(unit, scales.unit, origins.student), legal && unit.usable()};
 }
 
 // In kHighest, origins become the largest logits that the thread has seen.
@@ -109,10 +111,11 @@ __device__ RowSoftmaxes row_softmaxes(const RowPair<T>& rows, const DivergenceAr
   const float first_student = rows.first_logit(rows.student), first_teacher = rows.first_logit(rows.teacher);
   RowSums sums{ShiftedSum::from(first_student, scales.own), ShiftedSum::from(first_teacher, scales.own),
                ShiftedSum::from(first_student, scales.unit)};
-  rows.first_visit([&](const float (&student_logits)[N], const float (&teacher_logits)[N]) {
+  rows.first_visit([&](const float (&student_logits)[N], const float (&teacher_logits)[N],
+                       const typename RowPair<T>::Logits& teacher) {
     sums.student.add(student_logits, scales.own);
     sums.teacher.add(teacher_logits, scales.own);
-    watch.add(teacher_logits);
+    watch.add(teacher);
   });
   rows.cluster.await_start();
   Origins origins{0, 0};
@@ -147,22 +150,22 @@ __device__ Term<float> row_sums(const RowPair<T>& rows, Terms& terms, const RowS
     const auto first = [&] { return rows.first_entry(place.position); };
     if (output.a.metrics) metrics.add(first(), student_logits, teacher_logits);
     terms.chunk(first, student_logits, teacher_logits, sum, kept);
-    if (place.position < rows.kept) rows.keep(place, kept);
+    if (mostly(place.position < rows.kept)) rows.keep(place, kept);
   });
-  scratch.value.publish({}, sum.value);
-  scratch.g.publish({}, sum.g);
+  scratch.terms.publish({sum.value, sum.g});
   terms.publish();
   if (output.a.metrics) metrics.publish(scratch.metrics);
   __syncthreads();
   if (threadIdx.x < kWarp) {
-    scratch.value.share({}, rows.cluster);
-    scratch.g.share({}, rows.cluster);
+    scratch.terms.share(rows.cluster);
     terms.share(rows);
     if (output.a.metrics) RowMetrics::share(scratch.metrics, rows.cluster);
   }
   rows.cluster.synchronize();
   if (output.a.metrics) RowMetrics::write(scratch.metrics, rows.cluster, output.metrics());
-  return {scratch.value.total({}, rows.cluster), scratch.g.total({}, rows.cluster)};
+  float totals[2];
+  scratch.terms.totals(rows.cluster, totals);
+  return {totals[0], totals[1]};
 }
 
 template <class Terms, class T, class Output>
@@ -172,7 +175,7 @@ __device__ void write_gradient(const RowPair<T>& rows, const Terms& terms, const
   const int vocab = rows.student.vocab;
   rows.visit(vocab, [&](Place place) {
     float student_logits[N], kept[N], out[N];
-    if (place.position < rows.kept) {
+    if (mostly(place.position < rows.kept)) {
       rows.student_logits(place, student_logits);
       rows.kept_values(place, kept);
     } else {
@@ -261,13 +264,13 @@ __device__ __forceinline__ bool divergence_of_row(const DivergenceArguments& a, 
   }
   cluster.announce_start();
   const Rows rows(student, teacher, cluster, phase, slots, a.staged_turns, a.kept_turns);
-  typename TermsOf<Member>::Watch watch;
+  typename TermsOf<Member>::template Watch<typename Rows::Stored> watch;
   const RowSoftmaxes softmaxes = row_softmaxes(rows, a, watch, scratch);
   if (!softmaxes.legal) {
     output.fill(CUDART_NAN_F);
     return true;
   }
-  TermsOf<Member> terms(softmaxes, in.parameters, watch, scratch.member);
+  TermsOf<Member> terms(softmaxes, in.parameters, watch.logit(), scratch.member);
   finish_row(rows, a, in, softmaxes, terms, scratch, output);
   return true;
 }

@@ -35,7 +35,7 @@ namespace plan {
 
 // Threads on a multiprocessor, which leaves them 128 registers each. Every thread has entries enough in flight that
 // more would not help, and the reductions cost per thread.
-constexpr int64_t kResidentThreads = 512;
+constexpr int64_t kResidentThreads = 384;
 constexpr int64_t kWarpThreads = 32;
 
 inline int64_t turns_of(const DivergenceShape& shape, int64_t cluster, int64_t threads) {
@@ -65,7 +65,7 @@ inline bool keeps_all(const DivergenceShape& shape, const DivergencePlan& p) {
 }
 
 inline DivergencePlan alone_or_in_team(const DivergenceShape& shape, const DeviceLimits& device) {
-  for (const int64_t blocks : {8, 4, 2}) {
+  for (const int64_t blocks : {6, 4, 2}) {
     const DivergencePlan p = with_blocks(shape, device, 1, blocks);
     if (keeps_all(shape, p)) return p;
   }
@@ -92,7 +92,7 @@ inline DivergencePlan alone_or_in_team(const DivergenceShape& shape, const Devic
 inline DivergencePlan plan_divergence(const DivergenceShape& shape, const DeviceLimits& device) {
   if (device.teams) return plan::alone_or_in_team(shape, device);
   for (int64_t cluster = 1; cluster <= device.cluster; cluster *= 2) {
-    for (const int64_t blocks : {8, 4, 2}) {
+    for (const int64_t blocks : {6, 4, 2}) {
       const DivergencePlan p = plan::with_blocks(shape, device, cluster, blocks);
       if (plan::keeps_all(shape, p)) return p;
     }

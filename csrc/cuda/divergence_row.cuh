@@ -42,10 +42,10 @@ struct Softmax {
   __device__ static Softmax of(ShiftedSum s, float scale, float origin = 0) {
     const uint32_t bits = __float_as_uint(s.sum);
     const float exponent = static_cast<float>(static_cast<int>(bits >> 23) - 127);
-    const float log2_mantissa = log2f(__uint_as_float((bits & 0x007fffffu) | 0x3f800000u));
+    const float log2_mantissa = log2_fast(__uint_as_float((bits & 0x007fffffu) | 0x3f800000u));
     // shift + exponent as a float and what it lacks
-    const float high = s.shift + exponent, part = high - s.shift;
-    const float low = (s.shift - (high - part)) + (exponent - part);
+    const float shift_of_sum = -s.minus_shift, high = shift_of_sum + exponent, part = high - shift_of_sum;
+    const float low = (shift_of_sum - (high - part)) + (exponent - part);
     const float shift = fminf(divide_fast(high + log2_mantissa, scale), FLT_MAX / 4);  // scale is 0 for T = inf
     const float reference = origin + shift;
     return {reference, scale, fmaf(origin - reference, scale, high) + (low + log2_mantissa)};
@@ -117,13 +117,12 @@ struct GradientTerms {
   __device__ void chunk(const Terms& terms, int first, const float (&student_logits)[N], const float (&kept)[N],
                         float (&out)[N]) const {
     terms.gradient(student_logits, kept, g_scale, q_scale, out);
-    if (constant) {
+    if (constant || unit_scale != 0) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) out[i] = q_scale * exp2_fast(q.log2_probability(student_logits[i]));
-    }
-    if (unit_scale != 0) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) out[i] += unit_scale * exp2_fast(unit.log2_probability(student_logits[i]));
+      for (int i = 0; i < N; ++i) {
+        if (constant) out[i] = q_scale * exp2_fast(q.log2_probability(student_logits[i]));
+        out[i] += unit_scale * exp2_fast(unit.log2_probability(student_logits[i]));
+      }
     }
     if (static_cast<unsigned>(label - first) < N) {
 #pragma unroll

@@ -1,9 +1,10 @@
 // The terms of a divergence that is a functor of math/divergence.h, as the last two passes over a row ask for them.
 //
 // What the passes ask of any member is a class Terms with
-//   Watch                                       add(teacher): sees all logits in the first visit
-//   prepare(rows)                               between the first visit and the second, by every thread of the cluster
-//   chunk(first, student, teacher, sum, kept)   logits of the chunk from entry first() on: adds to the row's sums; what
+//   Watch<Stored>                               add(teacher): sees all chunks in the first visit; logit(): for the
+//   constructor prepare(rows)                               between the first visit and the second, by every thread of
+//   the cluster chunk(first, student, teacher, sum, kept)   logits of the chunk from entry first() on: adds to the
+//   row's sums; what
 //                                               the gradient needs of every entry beside the student's logit
 //   again(student, teacher, kept)               the same without the sums
 //   publish(), share()                          the member's own reductions, along with those of `sum`
@@ -61,19 +62,21 @@ __device__ __forceinline__ void pair_of_terms(const Functor& functor, const Entr
 
 // What the first visit leaves for a member beside the softmax statistics: nothing.
 struct NoWatch {
-  template <int N>
-  __device__ void add(const float (&)[N]) {}
+  template <class Logits>
+  __device__ void add(const Logits&) {}
+  __device__ float logit() const { return 0; }
 };
 
 template <class Functor>
 struct FunctorTerms {
   struct Scratch {};
+  template <class Stored>
   using Watch = NoWatch;
   Softmax q, p;
   Functor functor;
 
   __device__ static bool legal(const RowParameters<float>& row) { return Functor::legal(row); }
-  __device__ FunctorTerms(const RowSoftmaxes& softmaxes, const RowParameters<float>& row, Watch, Scratch&)
+  __device__ FunctorTerms(const RowSoftmaxes& softmaxes, const RowParameters<float>& row, float, Scratch&)
       : q(softmaxes.q), p(softmaxes.p), functor(row) {}
 
   template <class Rows>

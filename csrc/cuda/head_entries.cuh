@@ -9,6 +9,15 @@
 namespace distillm {
 
 constexpr int kListed = 256;  // entries that a block has room for
+constexpr int kBins = 1024;   // of a count of the row's entries
+
+// Those of the row with lower <= log2 p < upper are listed; those from `upper` on belong to the head.
+struct HeadRange {
+  float lower, upper;
+
+  __device__ static HeadRange nothing() { return {CUDART_INF_F, CUDART_INF_F}; }
+  __device__ bool flat() const { return upper < CUDART_INF_F; }  // whether there are any beyond
+};
 
 struct ListedEntry {
   float logit;
@@ -22,13 +31,26 @@ struct Gaps {
   bool known;
 };
 
+struct HeadHistogram {
+  Mass own[kDigits + 1], total[kDigits + 1];  // the last of each: the mass of the whole row
+};
+
+// Of the largest entry of each thread, by steps of log2 p.
+struct LargestHistogram {
+  unsigned masses[kDigits], counts[kDigits];
+};
+
 struct HeadScratch {
-  Mass histogram[kDigits + 1], total[kDigits + 1];  // the last of each: the mass of the whole row
+  union {  // in use one after the other
+    LargestHistogram largest;
+    alignas(16) unsigned bins[kBins];
+    HeadHistogram histogram;
+  };
   ListedEntry list[kListed];
   int listed;  // entries that belong into the list
-  float lightest;
+  HeadRange range;
   Gaps gaps;
-  Partials<Add> head, tail, rest;
+  JointPartials<4> unlisted;  // tail, rest, head, nothing
 };
 
 // Adds up what a thread adds to one digit in a row, for one atomic operation.
@@ -55,6 +77,12 @@ constexpr int kLowestBitOf = std::is_same_v<Stored, BFloat16> ? 16
                              : std::is_same_v<Stored, Half>   ? 13
                                                               : 0;
 
+// What is not listed: the masses of all of it and, in a flat row, of what lies beyond the list; how far the sides are
+// apart beyond and below.
+struct Unlisted {
+  float rest, before, head, tail;
+};
+
 // By one warp; the lists of all blocks are complete, and none is longer than kListed.
 template <class Rows>
 struct ListedEntries {
@@ -62,11 +90,11 @@ struct ListedEntries {
   const Rows& rows;
   const Softmax& p;
   HeadScratch& scratch;
-  float rest;  // the mass of all other entries
+  Unlisted unlisted;
 
   __device__ int vocab() const { return max(rows.student.vocab, rows.teacher.vocab); }
   __device__ float mass_of(float z) const { return exp2_fast(p.log2_probability(z)); }
-  __device__ Mass sum_at(int digit) const { return scratch.histogram[digit]; }
+  __device__ Mass sum_at(int digit) const { return scratch.histogram.own[digit]; }
 
   template <class Use>
   __device__ void each_listed(Use use) const {
@@ -82,27 +110,30 @@ struct ListedEntries {
   template <class Count>
   __device__ void accumulate(Count count) const {
     __syncwarp();
-    for (int digit = threadIdx.x % kWarp; digit <= kDigits; digit += kWarp) scratch.histogram[digit] = 0;
+    for (int digit = threadIdx.x % kWarp; digit <= kDigits; digit += kWarp) scratch.histogram.own[digit] = 0;
     __syncwarp();
-    RunningDigit running{scratch.histogram};
+    RunningDigit running{scratch.histogram.own};
     count([&](int digit, Mass amount) { running.add(digit, amount); });
     running.flush();
     __syncwarp();
   }
   template <class Add>
   __device__ void weigh_rest(Add add) const {
-    if (threadIdx.x % kWarp == 0) add(kDigits, fixed(rest));
+    if (threadIdx.x % kWarp == 0) add(kDigits, fixed(unlisted.rest));
   }
+  // Nobody sums up all masses of a flat row; no error of their sum matters but a common one, which 2^-22 bounds.
+  __device__ Mass whole() const { return scratch.range.flat() ? fixed(1) : sum_at(kDigits); }
+  __device__ Mass before() const { return fixed(unlisted.before); }
 
-  __device__ Gaps gaps(float mu, float tail) const {
+  __device__ Gaps gaps(float mu) const {
     const HeadBoundary head = HeadSearch<ListedEntries>{*this}.boundary(mu);
     Mass inside = 0, outside = 0;
     each_listed([&](const ListedEntry& entry) {
       (head.holds(entry.logit, entry.id) ? inside : outside) += fixed(entry.distance);
     });
     const float unit = 1 / kMassOfOne;
-    return {__ull2float_rn(warp_total(inside)) * unit, tail + __ull2float_rn(warp_total(outside)) * unit,
-            head.logit > -CUDART_INF_F};
+    return {unlisted.head + __ull2float_rn(warp_total(inside)) * unit,
+            unlisted.tail + __ull2float_rn(warp_total(outside)) * unit, head.logit > -CUDART_INF_F};
   }
 };
 
@@ -117,7 +148,7 @@ struct RowEntries {
 
   __device__ int vocab() const { return max(rows.student.vocab, rows.teacher.vocab); }
   __device__ float mass_of(float z) const { return exp2_fast(p.log2_probability(z)); }
-  __device__ Mass sum_at(int digit) const { return scratch.total[digit]; }
+  __device__ Mass sum_at(int digit) const { return scratch.histogram.total[digit]; }
 
   template <class Use>
   __device__ void each(Use use) const {
@@ -131,23 +162,25 @@ struct RowEntries {
   }
   template <class Count>
   __device__ void accumulate(Count count) const {
-    for (int digit = threadIdx.x; digit <= kDigits; digit += blockDim.x) scratch.histogram[digit] = 0;
+    for (int digit = threadIdx.x; digit <= kDigits; digit += blockDim.x) scratch.histogram.own[digit] = 0;
     __syncthreads();
-    RunningDigit running{scratch.histogram};
+    RunningDigit running{scratch.histogram.own};
     count([&](int digit, Mass amount) { running.add(digit, amount); });
     running.flush();
-    rows.cluster.synchronize_exposing(scratch.histogram, kDigits + 1);
+    rows.cluster.synchronize_exposing(scratch.histogram.own, kDigits + 1);
     for (int digit = threadIdx.x; digit <= kDigits; digit += blockDim.x) {
       Mass total = 0;
       for (int block = 0; block < rows.cluster.size; ++block) {
-        total += rows.cluster.in_block(scratch.histogram, block)[digit];
+        total += rows.cluster.in_block(scratch.histogram.own, block)[digit];
       }
-      scratch.total[digit] = total;
+      scratch.histogram.total[digit] = total;
     }
     rows.cluster.synchronize();  // the others have read this block's histogram
   }
   template <class Add>
   __device__ void weigh_rest(Add) const {}
+  __device__ Mass whole() const { return sum_at(kDigits); }
+  __device__ Mass before() const { return 0; }
 
   // Keeps the teacher's log-probabilities where there is room.
   __device__ Gaps gaps(float mu) const {
@@ -165,15 +198,13 @@ struct RowEntries {
       }
       if (place.position < rows.kept) rows.keep(place, log2_p);
     });
-    scratch.head.publish({}, inside);
-    scratch.tail.publish({}, outside);
+    float distances[4] = {outside, 0, inside, 0};
+    scratch.unlisted.publish(distances);
     __syncthreads();
-    if (threadIdx.x < kWarp) {
-      scratch.head.share({}, rows.cluster);
-      scratch.tail.share({}, rows.cluster);
-    }
+    if (threadIdx.x < kWarp) scratch.unlisted.share(rows.cluster);
     rows.cluster.synchronize();
-    return {scratch.head.total({}, rows.cluster), scratch.tail.total({}, rows.cluster), true};
+    scratch.unlisted.totals(rows.cluster, distances);
+    return {distances[2], distances[0], true};
   }
 };
 

@@ -16,12 +16,19 @@ __device__ __forceinline__ int settled(int x) {
   asm("" : "+r"(x));
   return x;
 }
+__device__ __forceinline__ int64_t settled(int64_t x) {
+  asm("" : "+l"(x));
+  return x;
+}
 template <class T>
 __device__ __forceinline__ T* settled(T* global) {
   asm("" : "+l"(global));
   __builtin_assume(__isGlobal(global));
   return global;
 }
+
+// A condition that nearly always holds: its code lies in line.
+__device__ __forceinline__ bool mostly(bool condition) { return __builtin_expect(condition, true); }
 
 // One side of a row.
 template <class T, int N>
@@ -33,6 +40,7 @@ struct LogitRow {
   __device__ LogitRow(const void* data, int64_t offset, int vocab, ElementType)
       : row(settled(static_cast<const T*>(data) + offset)), vocab(vocab) {}
   __device__ int phase() const { return phase_of<T, N>(row); }
+  __device__ void advance(int64_t entries) { row += entries; }
   __device__ Loaded load_inside(int first) const { return load_aligned<T, N>(row + first); }
   __device__ Loaded load(int first, bool aligned, uint32_t missing = Packing<T>::kMinusInfinity) const {
     if (aligned && first >= 0 && first + N <= vocab) return load_inside(first);
@@ -78,6 +86,7 @@ struct LogitRow<AnyElement, N> {
   __device__ int phase() const {
     return sized([](auto row) { return row.phase(); });
   }
+  __device__ void advance(int64_t entries) { offset += entries; }
   __device__ Loaded load_inside(int first) const {
     return sized([=](auto row) { return widened(row.load_inside(first)); });
   }

@@ -44,6 +44,7 @@ struct Crossing {
 //   accumulate(count)     fills the histogram: count(add) calls add(digit, amount); every thread may read it after
 //   sum_at(digit)         of the histogram
 //   weigh_rest(add)       adds the mass of the entries that each() leaves out
+//   whole(), before()     the mass of the row, and of entries that each() leaves out and that come before all others
 template <class Entries>
 struct HeadSearch {
   static constexpr int kLowestBit = Entries::kLowestBit;
@@ -114,14 +115,17 @@ struct HeadSearch {
     return id;
   }
 
-  // mu < 1.
+  // mu < 1. everything() also where the boundary is not among these entries.
   __device__ HeadBoundary boundary(float mu) const {
     // The entry at the boundary and all lighter ones hold more than the rest, so it holds its share of that at least.
     count_highest_digits((1 - mu) / static_cast<float>(entries.vocab()) * 0.999f);
-    Mass left = static_cast<Mass>(static_cast<double>(mu) * static_cast<double>(entries.sum_at(kDigits)));
+    const Mass target = static_cast<Mass>(static_cast<double>(mu) * static_cast<double>(entries.whole()));
+    const Mass passed = entries.before();
+    if (target < passed) return HeadBoundary::everything();
+    Mass left = target - passed;
     Crossing found = crossing(left);
     if (found.digit == kDigits) return HeadBoundary::everything();
-    bool top = found.before == 0;
+    bool top = passed == 0 && found.before == 0;
     left -= found.before;
     int shift = 32 - kDigitBits;
     uint32_t key = static_cast<uint32_t>(kDigits - 1 - found.digit) << shift;

@@ -25,7 +25,7 @@ struct TopEntry {
 struct Largest {
   using Value = unsigned long long;
 
-  __device__ Value empty() const { return 0; }
+  __device__ Value empty(Value) const { return 0; }
   template <int kLanes>
   __device__ Value lanes(Value x) const {
 #pragma unroll

@@ -58,7 +58,7 @@ struct RowPair {
   int head, full;                   // partial chunks before the full ones; full chunks, 0 if a side is out of phase
   int full_offset;                  // first entry of the first full chunk
   int staged, kept;                 // positions
-  int step, slot_step, extra_step;  // from a thread's turn to its next
+  int step, slot_step, extra_step;  // from a thread's turn to its next: positions, bytes, bytes
   float4* slots;
   float4* extras;
 
@@ -76,8 +76,8 @@ struct RowPair {
         staged(settled(staged_turns * cluster.threads())),
         kept(settled(kept_turns * cluster.threads())),
         step(settled(cluster.threads())),
-        slot_step(settled(2 * static_cast<int>(blockDim.x))),
-        extra_step(settled(static_cast<int>(blockDim.x))),
+        slot_step(settled(2 * int{sizeof(float4)} * static_cast<int>(blockDim.x))),
+        extra_step(settled(int{sizeof(float4)} * static_cast<int>(blockDim.x))),
         slots(shared + threadIdx.x / kWarp * (2 * kWarp) + threadIdx.x % kWarp),
         extras(shared + staged_turns * 2 * blockDim.x + threadIdx.x) {
     const int end = (phase + min(student.vocab, teacher.vocab)) / N;
@@ -95,53 +95,69 @@ struct RowPair {
   // First entry of the chunk at a position; negative in a partial first chunk.
   __device__ int first_entry(int position) const {
     const int first = position * N + full_offset;
-    if (position < full) return first;
-    return position < full + head ? -phase : position * N - phase;
+    if (mostly(position < full)) return first;
+    return settled(position < full + head ? -phase : position * N - phase);  // not computed for all chunks
   }
 
+  __device__ static float4* moved(float4* p, int bytes) {
+    return reinterpret_cast<float4*>(reinterpret_cast<unsigned char*>(p) + bytes);
+  }
   __device__ Place first_place() const { return {cluster.thread(), slots, extras}; }
   __device__ Place after(Place place, int turns) const {
-    return {place.position + turns * step, place.slot + turns * slot_step, place.extra + turns * extra_step};
+    return {place.position + turns * step, moved(place.slot, turns * slot_step),
+            moved(place.extra, turns * extra_step)};
   }
 
   __device__ Loaded load(int position) const {
     const int first = first_entry(position);
     return {student.load(first, student_aligned), teacher.load(first, teacher_aligned)};
   }
-  __device__ Loaded load_full(int position) const {
-    const int first = position * N + full_offset;
-    return {student.load_inside(first), teacher.load_inside(first)};
-  }
 
   template <class Body>
-  __device__ void first_look(Place place, const Loaded& loaded, Body& body) const {
-    if (place.position < staged) {
-      store_aligned(place.slot, loaded.student);
-      store_aligned(place.slot + kWarp, loaded.teacher);
-    }
+  __device__ void pass(const Loaded& loaded, Body& body) const {
     float student_logits[N], teacher_logits[N];
     unpack(loaded.student, student_logits);
     unpack(loaded.teacher, teacher_logits);
-    body(student_logits, teacher_logits);
+    body(student_logits, teacher_logits, loaded.teacher);
+  }
+  __device__ static void stage(float4* slot, const Loaded& loaded) {
+    store_aligned(slot, loaded.student);
+    store_aligned(slot + kWarp, loaded.teacher);
   }
 
-  // Loads, stages and passes to body(student logits, teacher logits) this thread's chunks of all that either side has.
+  // Loads, stages and passes to body(student logits, teacher logits, teacher's chunk) this thread's chunks of all that
+  // either side has. Of the full ones that are staged, kInFlight pairs are on their way at a time.
   template <class Body>
   __device__ void first_visit(Body body) const {
     Place place = first_place();
+    Row student_at = student, teacher_at = teacher;
+    student_at.advance(place.position * N + full_offset);
+    teacher_at.advance(place.position * N + full_offset);
+    const int64_t stride = settled(int64_t{step} * N);
+    int end[kInFlight];  // of the positions from which so many turns on there is a chunk
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) end[i] = settled(min(full, staged) - i * step);
 #pragma unroll 1
-    for (; place.position < full; place = after(place, kInFlight)) {
+    while (place.position < end[0]) {
       Loaded loaded[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        if (after(place, i).position < full) loaded[i] = load_full(after(place, i).position);
+        if (place.position < end[i]) loaded[i] = {student_at.load_inside(0), teacher_at.load_inside(0)};
+        student_at.advance(stride);
+        teacher_at.advance(stride);
       }
+      float4* slot = place.slot;
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        if (after(place, i).position < full) first_look(after(place, i), loaded[i], body);
+        if (place.position < end[i]) {
+          stage(slot, loaded[i]);
+          pass(loaded[i], body);
+        }
+        slot = moved(slot, slot_step);
       }
+      place = after(place, kInFlight);
     }
-    while (place.position >= full + step) place = after(place, -1);  // turns of the last round not taken
+    while (place.position >= end[0] + step) place = after(place, -1);  // turns of the last round not taken
     first_looks(place, body);
   }
 
@@ -150,7 +166,11 @@ struct RowPair {
   __device__ void first_looks(Place place, Body& body) const {
     const int count = chunks(max(student.vocab, teacher.vocab));
 #pragma unroll 1
-    for (; place.position < count; place = after(place, 1)) first_look(place, load(place.position), body);
+    for (; place.position < count; place = after(place, 1)) {
+      const Loaded loaded = load(place.position);
+      if (place.position < staged) stage(place.slot, loaded);
+      pass(loaded, body);
+    }
   }
 
   // The first visit once more, for what keep() has replaced; before the gradient overwrites anything.
@@ -161,7 +181,7 @@ struct RowPair {
 
   // Writes to the chunk at a position of another row of `vocab` entries.
   __device__ void store(const OutputRow<T, N>& row, int vocab, int position, int first, const float (&x)[N]) const {
-    if (position < full) {
+    if (mostly(position < full)) {
       row.store_inside(first, x);
     } else {
       row.store(vocab, first, x);
@@ -180,13 +200,20 @@ struct RowPair {
   // After the first visit, where keep() has not replaced the teacher's.
   __device__ void logits(Place place, float (&student_logits)[N], float (&teacher_logits)[N]) const {
     Loaded loaded;
-    if (place.position < staged) {
+    if (mostly(place.position < staged)) {
       loaded = {load_aligned<Stored, N>(place.slot), load_aligned<Stored, N>(place.slot + kWarp)};
     } else {
       loaded = load(place.position);
     }
     unpack(loaded.student, student_logits);
     unpack(loaded.teacher, teacher_logits);
+  }
+  __device__ void teacher_logits(Place place, float (&z)[N]) const {
+    if (mostly(place.position < staged)) {
+      unpack(load_aligned<Stored, N>(place.slot + kWarp), z);
+    } else {
+      unpack(teacher.load(first_entry(place.position), teacher_aligned), z);
+    }
   }
   // Of a staged turn.
   __device__ void student_logits(Place place, float (&z)[N]) const { unpack(load_aligned<Stored, N>(place.slot), z); }

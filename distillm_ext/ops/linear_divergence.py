@@ -10,6 +10,7 @@ from torch import Tensor
 from .divergence import _scaled, loss_dtype, refuse_second_derivative
 from .linear_call import LinearDivergenceCall
 from .linear_chunks import linear_divergence_cpu, linear_divergence_cuda
+from .linear_gradients import common_weight, stored_dtype
 
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
@@ -31,8 +32,12 @@ def linear_divergence(call: LinearDivergenceCall) -> tuple[Tensor, Tensor, Tenso
     `rows` all that are not listed, are exactly 0. The cross-entropy, weight_r CE_r, is 0 unless asked for. The
     metrics are those of `divergence`, [R, 3], or [0] unless asked for.
     """
-    loss, ce, metrics, _, _, _ = torch.ops.distillm_ext.linear_divergence(*call)
-    return loss, ce, metrics
+    common = None if call.row_weight is None else common_weight(call.row_weight, call.dtype)
+    if common is None or call.row_weight is None:
+        return torch.ops.distillm_ext.linear_divergence(*call)[:3]
+    relative = call._replace(row_weight=call.row_weight / common)
+    loss, ce, metrics = torch.ops.distillm_ext.linear_divergence(*relative)[:3]
+    return loss * common, ce * common, metrics
 
 
 def _linear_divergence_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -40,16 +45,18 @@ def _linear_divergence_fake(*arguments: Any) -> tuple[Tensor, ...]:
     wide = loss_dtype(call.dtype)
     loss = call.hidden.new_empty((call.hidden.shape[0],) if call.per_row else (), dtype=wide)
 
-    def gradient(x: Tensor, needed: bool) -> Tensor:
-        return x.new_empty(x.shape if needed and not call.per_row else (0,))
+    def gradient(x: Tensor, needed: bool, dtype: torch.dtype) -> Tensor:
+        return x.new_empty(x.shape if needed and not call.per_row else (0,), dtype=dtype)
+
+    bias = call.weight if call.bias is None else call.bias
 
     return (
         loss,
         torch.empty_like(loss),
         call.hidden.new_empty((call.hidden.shape[0], 3) if call.need_metrics else (0,), dtype=wide),
-        gradient(call.hidden, call.need_hidden),
-        gradient(call.weight, call.need_weight),
-        gradient(call.weight if call.bias is None else call.bias, call.need_bias),
+        gradient(call.hidden, call.need_hidden, call.hidden.dtype),
+        gradient(call.weight, call.need_weight, stored_dtype(call.weight.dtype)),
+        gradient(bias, call.need_bias, stored_dtype(bias.dtype)),
     )
 
 
@@ -64,6 +71,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.rest = inputs[_TENSORS:]
     ctx.per_row = call.per_row
     ctx.needed = (call.need_hidden, call.need_weight, call.need_bias)
+    ctx.dtypes = tuple(x.dtype if x is not None else None for x in (call.hidden, call.weight, call.bias))
     ctx.save_for_backward(*(call[:_TENSORS] if call.per_row else output[3:]))
 
 
@@ -76,12 +84,13 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if ctx.per_row:
         call = LinearDivergenceCall(*gradients, *ctx.rest)
         row_weight = grad_loss if call.row_weight is None else call.row_weight * grad_loss
-        again = call._replace(row_weight=row_weight.contiguous(), per_row=False, need_ce=False, need_metrics=False)
+        grad_loss = common_weight(row_weight, call.dtype)
+        row_weight = (row_weight if grad_loss is None else row_weight / grad_loss).contiguous()
+        again = call._replace(row_weight=row_weight, per_row=False, need_ce=False, need_metrics=False)
         gradients = torch.ops.distillm_ext.linear_divergence(*again)[3:]
-        grad_loss = None
     found = (
-        (gradient if grad_loss is None else _times(gradient, grad_loss)) if need else None
-        for gradient, need in zip(gradients, ctx.needed, strict=True)
+        (gradient if grad_loss is None else _times(gradient, grad_loss)).to(dtype) if need else None
+        for gradient, need, dtype in zip(gradients, ctx.needed, ctx.dtypes, strict=True)
     )
     return (*found, *nothing)
 

@@ -69,13 +69,31 @@ class Gradients:
             self.accumulate(self.weight[tile], gradient[:, tile], hidden, call.scale, first)
 
     def result(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """In the dtypes and shapes of hidden, weight and bias; [0] where not needed."""
+        """In the shapes of hidden, weight and bias, [0] where not needed, and their dtypes but for `stored_dtype`."""
         original, call = self.original, self.call
         hidden = self.hidden.to(original.hidden.dtype)
         if self.needed and call.need_hidden:
             hidden = spread(hidden, rows, original.hidden.shape[0])
         bias_dtype = original.weight.dtype if original.bias is None else original.bias.dtype
-        return hidden, self.weight.to(original.weight.dtype), self.bias.to(bias_dtype)
+        return hidden, self.weight.to(stored_dtype(original.weight.dtype)), self.bias.to(stored_dtype(bias_dtype))
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which gradients of weight and bias wait for the backward pass: sums over rows may leave the range of float16
+    before they are multiplied by the rows' common weight (`common_weight`)."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def common_weight(row_weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The largest row weight, where the others should be relative to it: beside float16 products.
+
+    Their gradients would have no digits left after the division of "mean"; so the factor that all rows share waits for
+    the backward pass, which applies it in float32 together with that of a gradient scaler.
+    """
+    if dtype != torch.float16 or row_weight.numel() == 0:
+        return None
+    largest = row_weight.nan_to_num(0.0, 0.0, 0.0).abs().amax()
+    return torch.where(largest == 0, torch.ones_like(largest), largest)
 
 
 def spread(values: Tensor, rows: Tensor | None, total: int) -> Tensor:

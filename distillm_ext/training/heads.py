@@ -94,9 +94,19 @@ def fusion_obstacle(head: Any) -> str | None:
         return f"its head is a {type(head).__name__}, not a plain torch.nn.Linear"
     if "forward" in head.__dict__:
         return "the forward of its head is replaced (hooks that move weights do that)"
+    if _foreign_hooks(head):
+        return "its head has forward hooks, which expect the logits of the whole head"
+    if type(head.weight) not in (Tensor, nn.Parameter) and not hasattr(head.weight, "device_mesh"):
+        return f"its head's weight is a {type(head.weight).__name__}, not a plain tensor"
     if head.weight.dtype not in _HEAD_DTYPES:
         return f"its head holds {head.weight.dtype} weights"
     return None
+
+
+def _foreign_hooks(head: nn.Module) -> bool:
+    """Whether others than torch's own wrappers (FSDP gathers the weight so) hook into the head's forward pass."""
+    hooks = (*head._forward_pre_hooks.values(), *head._forward_hooks.values())
+    return any(not (getattr(hook, "__module__", None) or "").startswith("torch.distributed") for hook in hooks)
 
 
 def head_logits(head: LinearHead) -> Tensor:
@@ -175,11 +185,13 @@ class LogitReader:
         batch = TokenBatch(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=device))
         was_training = self.model.training
         self.model.eval()
-        expected, found = self.full(batch, self.model).float(), self.logits(batch).float()
+        expected, found = self.full(batch, self.model), self.logits(batch)
         self.model.train(was_training)
         # Both run the same kernels on the same input; the slack is for a transform done in another precision.
-        tolerance = 1e-4 if next(self.model.parameters()).dtype == torch.float32 else 2e-2
-        self.splits = expected.shape == found.shape and torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+        tolerance = 1e-4 if expected.dtype == found.dtype == torch.float32 else 2e-2
+        self.splits = expected.shape == found.shape and torch.allclose(
+            found.float(), expected.float(), rtol=tolerance, atol=tolerance
+        )
         if not self.splits:
             logger.warning(
                 "%s: logits rebuilt from the hidden states of %s differ from the model's own; computing full logits at "

@@ -119,7 +119,8 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         self.teacher_cache = teaching_setup.open_cache(teacher_cache, model=self.teacher, tokenizer=tokenizer)
         self.student = StudentForward(self.accelerator.unwrap_model(self.model), self.accelerator.autocast)
         dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        setup.verify_heads(dataset, self.teacher, self.student)
+        with self.accelerator.autocast():
+            setup.verify_heads(dataset, self.teacher, self.student)
         self.vocab_size = setup.compared_vocabulary(self.student.model, teacher, self.teacher_cache, tokenizer)
         self.compression = teaching_setup.compression(args, self.teacher_cache, self.vocab_size)
         if self.teacher is None and self.teacher_cache is not None:

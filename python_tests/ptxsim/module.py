@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .counters import BufferTraffic, Counters, SiteTraffic
+from .counters import NOT_ISSUED, BufferTraffic, Counters, SiteTraffic
 from .translate import Module as Translation
 
 HERE = Path(__file__).resolve().parent
@@ -482,6 +482,7 @@ class Simulator:
             result.instructions = self._instructions(thread_counts, "thread")
             result.warp_instructions = self._instructions(warp_counts, "warp")
             result.sites = self._site_traffic(site_counts)
+            result.lines = self._issued_by_line(warp_counts)
             result.buffers = self._buffer_traffic(ranges, touched, named_arrays)
         return result
 
@@ -516,6 +517,16 @@ class Simulator:
             for name, n in counter[kind].items():
                 if executions:
                     result[name] = result.get(name, 0) + n * executions
+        return result
+
+    def _issued_by_line(self, counts: np.ndarray) -> dict[tuple[str, ...], int]:
+        result: dict[tuple[str, ...], int] = {}
+        for executions, counter in zip(counts.tolist(), self._info["counters"], strict=False):
+            for location, classes in counter["locations"] if executions else ():
+                issued = sum(name not in NOT_ISSUED for name in classes)
+                chain = self._info["locations"][location] if location >= 0 else []
+                line = tuple(f"{file}:{number}" for file, number in chain)
+                result[line] = result.get(line, 0) + issued * executions
         return result
 
     def _site_traffic(self, counts: np.ndarray) -> list[SiteTraffic]:
