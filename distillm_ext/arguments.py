@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ops.divergence import DivergenceOptions, loss_dtype
+from .ops.divergence import DivergenceOptions, loss_dtype, row_count
 from .ops.extension import require_backend
 from .options import TAILS, checked_number
 
@@ -20,6 +21,8 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor of logits, got {type(logits).__name__}.")
         if logits.dtype not in _LOGIT_DTYPES:
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}.")
+        if logits.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {logits.layout}; call to_dense().")
         if logits.dim() < 1 or logits.shape[-1] == 0:
             raise ValueError(f"{name} must have shape [..., V] with V >= 1, got {list(logits.shape)}.")
     if student.shape[:-1] != teacher.shape[:-1]:
@@ -50,7 +53,7 @@ def _check_tail(tail: str, compressed: bool) -> None:
         raise ValueError(f"tail is an option of a CompressedLogits teacher, got tail={tail!r} with a tensor of logits.")
 
 
-def _check_inplace(student: Tensor) -> None:
+def _check_inplace(student: Tensor, teacher: Any) -> None:
     """That `student` may be overwritten and somebody wants its gradient."""
     if torch.compiler.is_compiling():
         raise RuntimeError("inplace=True is for eager mode; under torch.compile leave it False.")
@@ -65,8 +68,52 @@ def _check_inplace(student: Tensor) -> None:
         raise ValueError(
             f"inplace=True needs student_logits with stride 1 along the vocabulary, got stride {student.stride(-1)}."
         )
-    if any(size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True)):
-        raise ValueError("inplace=True needs student_logits whose positions do not share memory; expanded ones do.")
+    if _overlaps_itself(student):
+        raise ValueError(
+            "inplace=True needs student_logits whose positions do not share memory; expanded and unfolded ones do."
+        )
+    if isinstance(teacher, Tensor) and _overlap(student, teacher):
+        raise ValueError(
+            "inplace=True would overwrite teacher, which shares memory with student_logits at other positions; pass a "
+            "copy of one of them."
+        )
+    if student.dim() > 3 and student.detach().flatten(0, -3).data_ptr() != student.data_ptr():
+        raise ValueError(
+            f"inplace=True needs student_logits that flatten to equally spaced rows, got strides {student.stride()}."
+        )
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether entries share memory, for all that slicing, transposing, expanding and unfolding make of a tensor."""
+    last = 0  # how far the dimensions of smaller stride reach
+    for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1):
+        if stride <= last:
+            return True
+        last += stride * (size - 1)
+    return False
+
+
+def _overlap(student: Tensor, teacher: Tensor) -> bool:
+    """Whether teacher entries lie in memory of other student entries than their own; side by side in one tensor is
+    fine."""
+    if student.untyped_storage().data_ptr() != teacher.untyped_storage().data_ptr() or student.numel() == 0:
+        return False
+    if (student.data_ptr(), student.shape, student.stride()) == (teacher.data_ptr(), teacher.shape, teacher.stride()):
+        return False
+
+    def end(x: Tensor) -> int:
+        return x.data_ptr() + x.element_size() * (
+            1 + sum(d * (n - 1) for n, d in zip(x.shape, x.stride(), strict=True))
+        )
+
+    if end(student) <= teacher.data_ptr() or end(teacher) <= student.data_ptr():
+        return False
+    strides = student.stride()[:-1]
+    if student.dtype != teacher.dtype or strides != teacher.stride()[:-1] or teacher.stride(-1) != 1:
+        return True
+    pitch = min((d for n, d in zip(student.shape, strides, strict=False) if n > 1), default=0)
+    apart = (teacher.data_ptr() - student.data_ptr()) // student.element_size() % max(pitch, 1)
+    return any(d % max(pitch, 1) for d in strides) or apart < student.shape[-1] or pitch - apart < teacher.shape[-1]
 
 
 def _check_vocabularies(options: DivergenceOptions, student: int, teacher: int) -> None:
@@ -94,6 +141,10 @@ class _rows_of:
             return None
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; call to_dense().")
+        if value.dim() == 0 and name in ("alpha", "cap"):  # a number that a compiler or a schedule keeps in a tensor
+            value = value.expand(self.shape)
         if value.shape != self.shape:
             raise ValueError(f"{name} must have one entry per position, {list(self.shape)}, got {list(value.shape)}.")
         if value.device != self.device:
@@ -131,12 +182,12 @@ def _row_weight(
             raise ValueError(f"num_items is the divisor of reduction='mean', got reduction={reduction!r}.")
         return weight
     if weight is None:
-        weight = torch.ones(shape.numel(), dtype=loss_dtype(logits.dtype), device=logits.device)
+        weight = torch.ones(row_count(shape), dtype=loss_dtype(logits.dtype), device=logits.device)
     if num_items is not None:
         total = _checked_num_items(num_items, weight)
     else:
-        # A NaN weight spoils its own row only, so it stays out of the divisor.
-        counted = weight.nan_to_num(nan=0.0)
+        # A weight that is no number spoils its own row only, so it stays out of the divisor.
+        counted = weight.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         total = (counted if labels is None else counted * (labels != ignore_index)).sum()
     return weight * torch.where(total == 0, torch.zeros_like(total), 1 / total)
 
@@ -157,9 +208,10 @@ def _checked_num_items(num_items: int | Tensor, weight: Tensor) -> Tensor:
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(f"num_items must have one element, got shape {list(num_items.shape)}.")
-        if num_items.is_complex():
-            raise TypeError(f"num_items must be real, got {num_items.dtype}.")
-        return num_items.detach().reshape(()).to(weight)
+        if num_items.is_complex() or num_items.dtype == torch.bool:
+            raise TypeError(f"num_items must hold a number, got {num_items.dtype}.")
+        items = num_items.detach().reshape(()).to(weight)
+        return torch.where(items < 0, torch.full_like(items, math.nan), items)
     count = checked_number(num_items, "num_items")
     if not 0.0 <= count < math.inf:
         raise ValueError(f"num_items must be finite and not negative, got {num_items}.")

@@ -110,8 +110,9 @@ def distillation_loss(  # type: ignore[misc]
 
     Values are in nats, true divergences (0 when p = q), and carry no :math:`T^2` factor. Positions are taken as
     aligned: no label is shifted here. The gradient flows to ``student_logits`` alone. Logits of -inf are legal
-    (probability 0, gradient 0). A position whose divergence is infinite has loss inf and gradient 0; one whose logits
-    hold a NaN or are all -inf has loss and gradient NaN, and no other position is touched.
+    (probability 0, gradient 0). A position whose divergence is infinite has loss inf and gradient 0, and so it is with
+    the cross-entropy of a label whose logit is -inf; one whose logits hold a NaN or are all -inf has loss and gradient
+    NaN, and no other position is touched.
 
     Args:
         student_logits: [..., V], float32, bfloat16 or float16 (float64 on the CPU); other strides than 1 along V, and
@@ -122,13 +123,14 @@ def distillation_loss(  # type: ignore[misc]
         labels: [...], integer. Positions equal to ``ignore_index`` are not read and contribute exactly 0, NaN or not.
         divergence: a name of the table.
         alpha: skew_kl, skew_reverse_kl: weight of the first argument of KL in the mixture, in [0, 1], None: 0.1; 0
-            gives forward_kl and reverse_kl. alpha_beta: a > 0, None: 0.2. adaptive_kl: mass of the head in [0, 1],
-            None: 0.5. interpolated: the teacher's share t in [0, 1], required. A float, or a tensor [...] per position.
+            gives forward_kl and reverse_kl. alpha_beta: a >= 1e-3, None: 0.2. adaptive_kl: mass of the head in [0, 1],
+            None: 0.5. interpolated: the teacher's share t in [0, 1], required. A float, or a tensor: [...] per
+            position, or [] for all, which `torch.compile` does not take for a constant as it does a float.
         beta: symmetric_kl: weight of the reverse KL in [0, 1], None: 0.9; generalized_js: weight of the teacher in
-            [0, 1], None: 0.5; alpha_beta: b > 0, None: 0.7.
+            [0, 1], None: 0.5; alpha_beta: b >= 1e-3, None: 0.7.
         temperature: T > 0, for both sides.
         weight: [...], weight of each position in the sum and in the mean.
-        cap: per-position upper bound, a float or a tensor [...]; a capped divergence has gradient 0.
+        cap: per-position upper bound, a float or a tensor, [...] or []; a capped divergence has gradient 0.
         ignore_index: label of positions to leave out.
         reduction: "mean" (sum / total weight of valid positions, or / ``num_items``), "sum", or "none" ([...]).
         ce_weight: adds ``ce_weight`` times the cross-entropy with ``labels`` at T = 1, same weights and normaliser.
@@ -172,7 +174,7 @@ def distillation_loss(  # type: ignore[misc]
     teacher_rows = _checked_teacher(student_logits, teacher, options, tail, vocab_size, return_metrics)
     inplace = inplace and torch.is_grad_enabled()
     if inplace:
-        _check_inplace(student_logits)
+        _check_inplace(student_logits, teacher)
     shape = student_logits.shape[:-1]
     rows = _rows_of(student_logits, loss_dtype(student_logits.dtype))
     flat_labels, flat_weight = rows(labels, "labels", integer=True), rows(weight, "weight")

@@ -13,7 +13,7 @@ from torch import Tensor
 from .arguments import _cap_tensor, _check_tail, _row_weight, _rows_of
 from .containers import CompressedLogits, DivergenceMetrics, LinearHead, TeacherHead
 from .linear_checks import check_devices, checked_chunk, checked_rows, checked_sides
-from .ops.divergence import DivergenceOptions, RowSides, loss_dtype
+from .ops.divergence import DivergenceOptions, RowSides, loss_dtype, row_count
 from .ops.linear_call import LinearDivergenceCall
 from .ops.linear_divergence import linear_divergence
 from .options import checked_options
@@ -244,7 +244,7 @@ def _row_sides(
     flat = _rows_of(like, loss_dtype(like.dtype))
     flat_labels, flat_weight = flat(labels, "labels", integer=True), flat(weight, "weight")
     if rows is not None:
-        flat_weight = _only(checked_rows(rows, like.shape[:-1].numel()), flat_weight, like)
+        flat_weight = _only(checked_rows(rows, row_count(like.shape[:-1])), flat_weight, like)
     return RowSides(
         flat_labels,
         _row_weight(flat_weight, flat_labels, like.shape[:-1], like, reduction, num_items, ignore_index),
@@ -295,6 +295,6 @@ def _kept_arguments(
 
 def _only(rows: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:
     """Row weights that are 0 outside of `rows`: what is not looked at must not enter the mean's divisor."""
-    listed = torch.zeros(like.shape[:-1].numel(), dtype=loss_dtype(like.dtype), device=like.device)
+    listed = torch.zeros(row_count(like.shape[:-1]), dtype=loss_dtype(like.dtype), device=like.device)
     listed = listed.index_fill(0, rows, 1.0)
     return listed if weight is None else torch.where(listed > 0, weight, listed)

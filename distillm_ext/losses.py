@@ -70,8 +70,14 @@ class DistillationLoss(nn.Module):
         options: dict[str, Any] = {**self.hyper_parameters(), "return_metrics": return_metrics}
         return distillation_loss(student_logits, teacher, labels, weight=weight, num_items=num_items, **options)
 
+    _options: tuple[str, ...] = (
+        "divergence", "alpha", "beta", "temperature", "cap", "ignore_index", "reduction", "ce_weight",
+        "detach_mixture", "tail", "vocab_size", "inplace",
+    )  # fmt: skip
+
     def hyper_parameters(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
+        """By name, as `distillation_loss` takes them."""
+        return {name: getattr(self, name) for name in self._options}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.hyper_parameters().items())
@@ -94,6 +100,9 @@ class LinearDistillationLoss(DistillationLoss):
         >>> criterion(torch.randn(4, 16), head.weight, TeacherHead(torch.randn(4, 32), torch.randn(100, 32))).backward()
     """
 
+    # There are no logits to overwrite.
+    _options = (*DistillationLoss._options[:-1], "logit_softcap", "logit_scale", "chunk_rows")
+
     def __init__(
         self,
         divergence: str = "skew_kl",
@@ -103,8 +112,9 @@ class LinearDistillationLoss(DistillationLoss):
         chunk_rows: int | None = None,
         **options: Any,
     ) -> None:
+        if "inplace" in options:
+            raise TypeError("inplace is no option of LinearDistillationLoss: there are no logits to overwrite.")
         super().__init__(divergence, **options)
-        del self.inplace  # there are no logits to overwrite
         self.logit_softcap = logit_softcap
         self.logit_scale = logit_scale
         self.chunk_rows = chunk_rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -31,6 +32,8 @@ DEFAULT_ALPHA: dict[str, float | None] = {
     "interpolated": None,
 }
 DEFAULT_BETA: dict[str, float | None] = {"symmetric_kl": 0.9, "generalized_js": 0.5, "alpha_beta": 0.7}
+# The least exponent of alpha_beta.
+LEAST_POWER = 1e-3
 # How the tail of a `CompressedLogits` teacher enters the loss.
 TAILS = ("bucket", "truncate", "renormalize", "sampled")
 
@@ -65,8 +68,10 @@ def checked_options(
     ce_weight = checked_number(ce_weight, "ce_weight")
     if not 0.0 <= ce_weight < math.inf:
         raise ValueError(f"ce_weight must be finite and not negative, got {ce_weight}.")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}.")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into 64 bits, got {ignore_index}.")
     if not isinstance(detach_mixture, bool):
         raise TypeError(f"detach_mixture must be a bool, got {type(detach_mixture).__name__}.")
     return DivergenceOptions(divergence, a, b, temperature, ce_weight, ignore_index, detach_mixture)
@@ -77,8 +82,11 @@ def _hyper_parameter(value: float | None, name: str, divergence: str, defaults: 
         raise ValueError(f"{name} has no meaning for {divergence}; leave it None.")
     number = (defaults.get(divergence) or 0.0) if value is None else checked_number(value, name)
     if divergence == "alpha_beta":
-        if not 0.0 <= number < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {number}.")
+        if not (number == 0.0 or LEAST_POWER <= number < math.inf):
+            raise ValueError(
+                f"{name} of alpha_beta must be at least {LEAST_POWER} (below, differences of powers have no digits in "
+                f"float32), or 0 in one of the limits (1, 0) and (0, 1), got {number}."
+            )
     elif not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {number}.")
     return number
@@ -98,6 +106,11 @@ def _limit(divergence: str, alpha: float, beta: float, alpha_rows: bool) -> str:
 
 
 def checked_number(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):  # numbers of NumPy too
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} must be within the range of a float, got an int of {value.bit_length()} bits."
+        ) from None

@@ -106,6 +106,9 @@ def row_reference(case: DivergenceCase, row: int) -> tuple[float, np.ndarray, np
     legal = not np.isnan([weight, cap, log_q.sum(), log_p.sum()]).any() and student.max() < np.inf > teacher.max()
     if "skew" in case.divergence or case.divergence in ("adaptive_kl", "interpolated"):
         legal = legal and 0 <= alpha <= 1
+    if case.divergence == "alpha_beta":
+        legal = legal and 0.999e-3 < alpha < np.inf
+    legal = legal and cap >= 0
     if case.ce_weight:
         legal = legal and 0 <= label < vocab
     if not legal:
@@ -120,6 +123,7 @@ def row_reference(case: DivergenceCase, row: int) -> tuple[float, np.ndarray, np
     if case.ce_weight:
         log_unit = log_softmax(student)
         loss -= case.ce_weight * log_unit[label]
+    if case.ce_weight and log_unit[label] > -np.inf:  # an infinite cross-entropy has no gradient
         gradient += case.ce_weight * (np.exp(log_unit) - (np.arange(widest) == label))
         magnitude += case.ce_weight * (np.exp(log_unit) + (np.arange(widest) == label))
     return weight * loss, weight * gradient[:vocab], abs(weight) * magnitude[:vocab]

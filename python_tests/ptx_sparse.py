@@ -149,13 +149,14 @@ def _row_reference(case: SparseCase, row: int) -> tuple[float, np.ndarray]:
         detach_mixture=case.detach_mixture,
     )  # fmt: skip
     legal = "skew" not in case.divergence or 0 <= alpha <= 1
-    if value.isnan() or not legal or (case.ce_weight and not 0 <= label < vocab) or np.isnan(weight + cap):
+    if value.isnan() or not legal or (case.ce_weight and not 0 <= label < vocab) or np.isnan(weight) or not cap >= 0:
         return np.nan, np.full(vocab, np.nan)
     total = torch.tensor(cap, dtype=torch.float64) if value > cap or value == np.inf else value
     loss = min(float(value.detach()), cap)
     if case.ce_weight:
         ce = torch.nn.functional.cross_entropy(z.unsqueeze(0), torch.tensor([label]))
-        total, loss = total + case.ce_weight * ce, loss + case.ce_weight * float(ce.detach())
+        loss += case.ce_weight * float(ce.detach())
+        total = total + case.ce_weight * ce if ce < np.inf else total  # an infinite one has no gradient
     gradient = torch.autograd.grad(total * weight, z)[0].numpy() if total.requires_grad else np.zeros(vocab)
     return weight * loss, gradient
 

@@ -168,9 +168,9 @@ def test_side_inputs_of_each_row(rng):
     assert np.isnan(result.loss[4:]).all() and np.isfinite(result.loss[:4]).all()
     case.alpha_rows = None
     case.weight[7] = 1
-    case.cap = np.array([0.1, 10, 0, np.inf, 0.1, 10, nan, 0.2], np.float32)
+    case.cap = np.array([0.1, 10, 0, np.inf, 0.1, -1, nan, 0.2], np.float32)
     result = check(case)
-    assert (result.gradient[[0, 2]] == 0).all() and np.isnan(result.loss[6])
+    assert (result.gradient[[0, 2]] == 0).all() and np.isnan(result.loss[5:7]).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -187,6 +187,22 @@ def test_cross_entropy(temperature, dtype, rng):
     assert np.isnan(result.loss[5:]).all() and result.loss[4] == 0
     case.ce_weight = 0.0  # then labels only say which rows count
     assert np.isfinite(check(case).loss).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_infinite_cross_entropy_has_no_gradient(temperature, rng):
+    case = DivergenceCase(logits(rng, 3, 301, F32), logits(rng, 3, 301, F32), temperature=temperature)
+    case.labels, case.ce_weight = np.array([3, 7, 300]), 0.5
+    case.student[1, 7] = case.student[2, 300] = case.teacher[2, 300] = -np.inf
+    result = check(case)
+    assert np.isinf(result.loss).tolist() == [False, True, True] and (result.gradient[[1, 2], [7, 300]] == 0).all()
+
+
+def test_powers_of_each_row(rng):
+    """alpha_beta: exponents that leave no digits are refused, as infinite ones are."""
+    case = DivergenceCase(logits(rng, 5, 250, F32), logits(rng, 5, 250, F32), "alpha_beta")
+    case.alpha_rows = np.array([0.001, 1, 1e-4, np.inf, 0], np.float32)
+    assert np.isnan(check(case).loss).tolist() == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("staged", [0, 1, None])

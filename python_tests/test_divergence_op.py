@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from divergence_cases import required
 
-from distillm_ext import distillation_loss
+from distillm_ext import TeacherHead, distillation_loss, linear_distillation_loss
 from distillm_ext.functional import DIVERGENCES
 from distillm_ext.ops.divergence import DivergenceOptions
 from distillm_ext.ops.divergence import divergence as divergence_op
@@ -87,6 +88,33 @@ def test_compile_with_tensor_alpha_and_num_items():
     compiled = torch.compile(distillation_loss, fullgraph=True)
     options = dict(alpha=torch.rand(6), num_items=torch.tensor(9), weight=torch.rand(6))
     torch.testing.assert_close(compiled(student, teacher, **options), distillation_loss(student, teacher, **options))
+
+
+@pytest.mark.parametrize("form", ["logits", "labels", "none", "metrics", "heads"])
+def test_compiled_once_for_all_lengths(form):
+    """Dynamic sizes: no new graph for every length of a batch."""
+    torch.compiler.reset()
+    head = torch.randn(37, 6, requires_grad=True)
+
+    def step(student, teacher, labels):
+        if form == "heads":
+            hidden = student[..., :6]
+            return linear_distillation_loss(hidden, head, TeacherHead(teacher[..., :6], head.detach()), labels)
+        if form == "metrics":
+            return distillation_loss(student, teacher, return_metrics=True)[0]
+        return distillation_loss(
+            student, teacher, labels if form == "labels" else None, reduction="none" if form == "none" else "mean"
+        ).sum()
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for length in range(3, 16):
+        student, teacher = torch.randn(2, length, 37, requires_grad=True), torch.randn(2, length, 37)
+        labels = torch.randint(37, (2, length))
+        loss = compiled(student, teacher, labels)
+        torch.testing.assert_close(loss, step(student, teacher, labels))
+        loss.backward()
+    assert counter.frame_count <= 2
 
 
 def test_autocast_and_half_logits():

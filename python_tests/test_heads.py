@@ -76,7 +76,12 @@ def test_logits_and_gradients_equal_the_models_own(name):
 def test_the_head_sees_the_chosen_positions_only():
     model, batch = tiny_model(0), make_batch()
     seen = []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append((tuple(args[0].shape), output.shape)))
+
+    def record(module, args, output):
+        seen.append((tuple(args[0].shape), output.shape))
+
+    record.__module__ = "torch.distributed.fsdp"  # whose hooks only care for the weight
+    model.lm_head.register_forward_hook(record)
     teacher = ModelTeacher(tiny_model(1), device=torch.device("cpu"))
     teacher.model.lm_head.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
     teacher.logits(batch)
@@ -127,12 +132,27 @@ def converted(head):
     head.weight = nn.Parameter(head.weight.to(torch.float8_e4m3fn), requires_grad=False)
 
 
+def halve(module, args, output):
+    return output * 0.5
+
+
+class Wrapped(torch.Tensor):
+    """A weight that computes its own way, as a quantised one's."""
+
+
+def wrapped(head):
+    head.weight = nn.Parameter(head.weight.detach().as_subclass(Wrapped), requires_grad=False)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda head: setattr(head, "__class__", OtherLinear), "a OtherLinear, not a plain torch.nn.Linear"),
         (hooked, "forward of its head is replaced"),
         (converted, "float8_e4m3fn weights"),
+        (lambda head: head.register_forward_hook(halve), "has forward hooks"),
+        (lambda head: head.register_forward_pre_hook(lambda module, args: args), "has forward hooks"),
+        (wrapped, "a Wrapped, not a plain tensor"),
     ],
 )
 def test_heads_that_do_not_fuse_say_why_once(change, reason, caplog):
@@ -142,6 +162,25 @@ def test_heads_that_do_not_fuse_say_why_once(change, reason, caplog):
     with caplog.at_level(logging.WARNING):
         assert not reader.fuses() and not reader.fuses()
     assert len(caplog.records) == 1 and reason in caplog.text
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_hooks_on_the_head_see_logits(fused):
+    """Neither the loss nor only its rows: what a hook makes of the logits is what the loss reads, on both sides."""
+    model, batch, seen = tiny_model(0), make_batch(), []
+    model.lm_head.register_forward_hook(halve)
+    student, teacher = StudentForward(model, torch.enable_grad), ModelTeacher(model, device=torch.device("cpu"))
+    student(model, [batch], lambda rows: seen.extend(rows) or rows[0].sum(), fused=fused)
+    expected = full_logits(model, batch)
+    for rows in (*seen, teacher.rows(batch)):
+        torch.testing.assert_close(rows, expected)
+
+
+def test_a_head_of_another_dtype_is_verified_under_autocast():
+    model = tiny_model(0).bfloat16()
+    model.lm_head.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert LogitReader(model).verify([5, 6, 7], "student")
 
 
 def test_a_head_that_does_not_fuse_gives_logits():

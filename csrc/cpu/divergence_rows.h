@@ -133,16 +133,18 @@ Real finish_row(const RowTask<Real>& task, const TeacherRow& teacher, const RowS
   constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
   const RowPass<Real, Functor, TeacherRow> row{
       task.student, teacher, task.q, task.p, {softmaxes.q, softmaxes.p, functor}};
-  const CrossEntropy<Real> ce = cross_entropy_of(task.call, task.index, task.student, softmaxes.q);
+  CrossEntropy<Real> ce = cross_entropy_of(task.call, task.index, task.student, softmaxes.q);
+  const Real cross_entropy = cross_entropy_value(ce, task.student);
   const Term<double> sums = task.output ? row.template sums<true>() : row.template sums<false>();
   const Real divergence = static_cast<Real>(sums.value);
   const bool capped = divergence > task.cap;
-  Real loss = task.weight * ((capped ? task.cap : divergence) + ce.weight * cross_entropy_value(ce, task.student));
-  const bool usable = softmaxes.q.usable() && softmaxes.p.usable() && legal && task.cap == task.cap;
+  Real loss = task.weight * ((capped ? task.cap : divergence) + ce.weight * cross_entropy);
+  const bool usable = softmaxes.q.usable() && softmaxes.p.usable() && legal && task.cap >= 0;
   if (!usable) loss = std::numeric_limits<Real>::quiet_NaN();
   if (!task.output) return loss;
-  // An infinite divergence has no gradient to follow, a capped one none by definition.
+  // What is infinite, divergence or cross-entropy, has no gradient to follow; a capped divergence none by definition.
   const bool constant = capped || divergence == kInfinity;
+  if (cross_entropy == kInfinity) ce.weight = 0;
   if (loss != loss || (constant && ce.weight == 0)) {
     fill_row(*task.output, 0, task.student.vocab, loss != loss ? loss : Real(0));
   } else {

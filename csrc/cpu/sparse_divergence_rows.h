@@ -161,13 +161,16 @@ Real sparse_divergence_row(const SparseDivergenceCall& call, const RowTask<Real>
   collect_kept(call, task.index, task.student, scratch.kept);
   const SplitSoftmax<Real> student(tail_exponentials(task.student, task.scale(), scratch.kept.set, scratch.tail),
                                    online_sum_of(scratch.kept.z, scratch.kept.count, task.scale()));
-  const CrossEntropy<Real> ce = cross_entropy_of(task.call, task.index, task.student, student.all.softmax());
+  constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+  CrossEntropy<Real> ce = cross_entropy_of(task.call, task.index, task.student, student.all.softmax());
+  const Real cross_entropy = cross_entropy_value(ce, task.student);
   const SparseSums<Real> sums = sparse_sums<Real, Kept>(call, task.index, student, scratch.kept, task.parameters);
   const Real divergence = static_cast<Real>(sums.value);
-  const bool capped = divergence > task.cap, constant = capped || divergence == std::numeric_limits<Real>::infinity();
-  Real loss = task.weight * ((capped ? task.cap : divergence) + ce.weight * cross_entropy_value(ce, task.student));
-  if (!sums.usable || task.cap != task.cap) loss = std::numeric_limits<Real>::quiet_NaN();
+  const bool capped = divergence > task.cap, constant = capped || divergence == kInfinity;
+  Real loss = task.weight * ((capped ? task.cap : divergence) + ce.weight * cross_entropy);
+  if (!sums.usable || !(task.cap >= 0)) loss = std::numeric_limits<Real>::quiet_NaN();
   if (!task.output) return loss;
+  if (cross_entropy == kInfinity) ce.weight = 0;
   if (loss != loss || (constant && ce.weight == 0)) {
     fill_row(*task.output, 0, task.student.vocab, loss != loss ? loss : Real(0));
   } else {

@@ -240,7 +240,7 @@ __device__ void finish_row(const RowPair<T>& rows, const DivergenceArguments& a,
   if (loss.value != loss.value) return output.fill(loss.value);
   output.write_loss(loss.value);
   if (!a.gradient) return;
-  const GradientTerms gradient_terms = GradientTerms::of(a, in, softmaxes, sum.g, loss.constant);
+  const GradientTerms gradient_terms = GradientTerms::of(a, in, softmaxes, sum.g, loss);
   write_gradient(rows, terms, gradient_terms, output.gradient);
   output.clear_beyond_vocab();
 }

@@ -70,7 +70,7 @@ struct RowInputs {
   }
   __device__ bool legal(const DivergenceArguments& a) const {
     const bool label_legal = a.ce_weight == 0 || (label >= 0 && label < a.student_vocab);
-    return weight == weight && cap == cap && label_legal;
+    return weight == weight && cap >= 0 && label_legal;
   }
 };
 
@@ -82,13 +82,15 @@ struct RowSoftmaxes {
 
 struct RowLoss {
   float value;
-  bool constant;  // a capped or infinite divergence: it has no gradient, and G may be infinite
+  bool constant;    // a capped or infinite divergence: it has no gradient, and G may be infinite
+  float ce_weight;  // of the gradient: 0 where the cross-entropy is infinite
 
   __device__ static RowLoss of(const DivergenceArguments& a, const RowInputs& in, float divergence,
                                float cross_entropy) {
     const bool capped = divergence > in.cap, infinite = divergence == CUDART_INF_F;
     const float uncapped = a.ce_weight != 0 ? a.ce_weight * cross_entropy : 0.0f;
-    return {in.weight * ((capped ? in.cap : divergence) + uncapped), capped || infinite};
+    return {in.weight * ((capped ? in.cap : divergence) + uncapped), capped || infinite,
+            uncapped == CUDART_INF_F ? 0.0f : a.ce_weight};
   }
 };
 
@@ -104,12 +106,12 @@ struct GradientTerms {
   bool constant;  // of the divergence nothing
 
   __device__ static GradientTerms of(const DivergenceArguments& a, const RowInputs& in, const RowSoftmaxes& softmaxes,
-                                     float sum_g, bool constant) {
-    const float g_scale = in.weight * a.inverse_temperature, label_scale = in.weight * a.ce_weight;
+                                     float sum_g, const RowLoss& loss) {
+    const float g_scale = in.weight * a.inverse_temperature, label_scale = in.weight * loss.ce_weight;
     const bool own_unit = a.inverse_temperature != 1;
-    const float q_scale = (constant ? 0.0f : -g_scale * sum_g) + (own_unit ? 0.0f : label_scale);
+    const float q_scale = (loss.constant ? 0.0f : -g_scale * sum_g) + (own_unit ? 0.0f : label_scale);
     const int label = a.ce_weight != 0 ? static_cast<int>(in.label) : INT32_MIN;
-    return {softmaxes.q, softmaxes.unit, g_scale, q_scale, own_unit ? label_scale : 0.0f, label_scale, label, constant};
+    return {softmaxes.q, softmaxes.unit, g_scale, q_scale, own_unit ? label_scale : 0.0f, label_scale, label, loss.constant};
   }
 
   // Conditions of the row are tested per chunk, not per entry. kept: of Terms (divergence_terms.cuh).

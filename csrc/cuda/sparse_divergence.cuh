@@ -94,7 +94,7 @@ struct SparseInputs {
     const bool tail_legal = a.tail != Tail::kBucket || tail_logprob < INFINITY;
     const RowParameters<float> row = parameters;
     const bool form_legal = with_form(static_cast<KeptForm>(a.form), row, [=](auto terms) { return terms.legal(row); });
-    return weight == weight && cap == cap && fabsf(log_norm) < INFINITY && label_legal && tail_legal && form_legal;
+    return weight == weight && cap >= 0 && fabsf(log_norm) < INFINITY && label_legal && tail_legal && form_legal;
   }
 };
 
@@ -128,7 +128,8 @@ struct SparseGradient {
   float tail, unit_scale, g_scale, sum_g, label_scale;
 
   __device__ SparseGradient(const SparseDivergenceArguments& a, const SparseStatistics& s, const LogSoftmax& q,
-                            const LogSoftmax& unit, float weight, float r, float g_kept, float g_bucket, bool constant)
+                            const LogSoftmax& unit, float weight, float r, float g_kept, float g_bucket, bool constant,
+                            float ce_weight)
       : off(LogSoftmax::of(s.off, q.scale)),
         q(q),
         unit(unit),
@@ -136,7 +137,7 @@ struct SparseGradient {
         unit_scale(0),
         g_scale(constant ? 0.0f : weight * a.inverse_temperature),
         sum_g(g_kept + g_bucket),
-        label_scale(weight * a.ce_weight) {
+        label_scale(weight * ce_weight) {
     if (s.off.sum == 0) off.log2_sum = 0;  // nothing off S: its entries are 0, not 0 / 0
     // A constant divergence may have an infinite G. Over S alone an entry off S has no part in it.
     if (!constant && a.tail != Tail::kRenormalize) tail = g_scale * (g_bucket - r * sum_g);
@@ -263,7 +264,8 @@ __global__ void __launch_bounds__(kSparseBlockThreads, 2) sparse_divergence_kern
   if (loss != loss || !gradient) return constant_row(loss);
 
   if (threadIdx.x == 0) a.loss[row] = loss;
-  const SparseGradient term(a, s, value.q, unit, in.weight, value.r, value.g_kept, value.g_bucket, constant);
+  const SparseGradient term(a, s, value.q, unit, in.weight, value.r, value.g_kept, value.g_bucket, constant,
+                            cross_entropy == INFINITY ? 0.0f : a.ce_weight);
   student.second_visit([&](int chunk, const float (&z)[N]) {
     float out[N];
     term.off_kept(z, out);

@@ -32,7 +32,15 @@ def symmetric_kl(logits: Tensor, teacher_logits: Tensor, no_model_batch: Batch, 
 
 
 def js_distance(logits: Tensor, teacher_logits: Tensor, no_model_batch: Batch, lam: float = 0.9) -> Tensor:
-    """(1 - lam) KL(teacher || m) + lam KL(student || m), m = (1 - lam) teacher + lam student: our beta is 1 - lam."""
+    """(1 - lam) KL(teacher || m) + lam KL(student || m), m = (1 - lam) teacher + lam student: our beta is 1 - lam.
+
+    At lam = 0 and 1 the mixture is one of the sides and the distance 0, where generalized_js has its limits.
+    """
+    if lam in (0, 1):
+        nothing = logits.new_zeros(logits.shape[:-1])
+        return distillation_loss(
+            logits, teacher_logits, no_model_batch["label"], divergence="total_variation", weight=nothing
+        )
     return distillation_loss(logits, teacher_logits, no_model_batch["label"], divergence="generalized_js", beta=1 - lam)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +32,11 @@ class RowSides(NamedTuple):
     weight: Tensor | None  # the division of "mean" included
     alpha: Tensor | None
     cap: Tensor | None
+
+
+def row_count(shape: torch.Size) -> int:
+    """How many positions there are; `Size.numel` would make constants of a compiler's symbolic sizes."""
+    return math.prod(shape)
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -81,7 +87,7 @@ def divergence(
 
 def row_outputs(student: Tensor, need_metrics: bool) -> tuple[Tensor, Tensor]:
     """Empty losses and metrics of the shapes and dtypes that the operators return."""
-    rows, dtype = student.shape[:-1].numel(), loss_dtype(student.dtype)
+    rows, dtype = row_count(student.shape[:-1]), loss_dtype(student.dtype)
     return student.new_empty((rows,), dtype=dtype), student.new_empty((rows, 3) if need_metrics else (0,), dtype=dtype)
 
 

@@ -135,6 +135,10 @@ class LogitReader:
         self.splits = self.head is not None and self.backbone is not None and self.backbone is not causal
         self._reported = False
 
+    def apart(self) -> bool:
+        """Whether backbone and head may be called apart: a hook on the head expects the logits of a whole call."""
+        return self.splits and not _foreign_hooks(self.head)
+
     def fuses(self) -> bool:
         """Whether a loss may take hidden states and head instead of logits. Logs the reason once where not."""
         obstacle = fusion_obstacle(self.head) if self.splits else "backbone and head are not used apart"

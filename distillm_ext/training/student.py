@@ -68,7 +68,7 @@ class StudentForward:
                 `consume` runs inside the head's forward, where its weight is whole.
         """
         model = self.model
-        run = self._through_head if self.reader.splits else self._through_model
+        run = self._through_head if self.reader.apart() else self._through_model
         if fused and self.reader.fuses():
             run = self._through_loss
         with contextlib.ExitStack() as stack:
