@@ -27,7 +27,7 @@ from .ops.divergence import divergence as divergence_op
 from .ops.divergence_inplace import divergence_inplace
 from .ops.sparse_divergence import CompressedRows, sparse_divergence
 from .options import DIVERGENCES as DIVERGENCES
-from .options import checked_options
+from .options import check_powers, checked_options
 from .sparse import checked_compressed
 
 
@@ -123,11 +123,11 @@ def distillation_loss(  # type: ignore[misc]
         labels: [...], integer. Positions equal to ``ignore_index`` are not read and contribute exactly 0, NaN or not.
         divergence: a name of the table.
         alpha: skew_kl, skew_reverse_kl: weight of the first argument of KL in the mixture, in [0, 1], None: 0.1; 0
-            gives forward_kl and reverse_kl. alpha_beta: a >= 1e-3, None: 0.2. adaptive_kl: mass of the head in [0, 1],
+            gives forward_kl and reverse_kl. alpha_beta: a >= 1e-4, None: 0.2. adaptive_kl: mass of the head in [0, 1],
             None: 0.5. interpolated: the teacher's share t in [0, 1], required. A float, or a tensor: [...] per
             position, or [] for all, which `torch.compile` does not take for a constant as it does a float.
         beta: symmetric_kl: weight of the reverse KL in [0, 1], None: 0.9; generalized_js: weight of the teacher in
-            [0, 1], None: 0.5; alpha_beta: b >= 1e-3, None: 0.7.
+            [0, 1], None: 0.5; alpha_beta: b >= 1e-4, None: 0.7.
         temperature: T > 0, for both sides.
         weight: [...], weight of each position in the sum and in the mean.
         cap: per-position upper bound, a float or a tensor, [...] or []; a capped divergence has gradient 0.
@@ -169,6 +169,7 @@ def distillation_loss(  # type: ignore[misc]
     _check_logits(student_logits, student_logits if isinstance(teacher, CompressedLogits) else teacher)
     _check_tail(tail, compressed=isinstance(teacher, CompressedLogits))
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
+    check_powers(options, alpha, student_logits.dtype)
     if ce_weight != 0 and labels is None:
         raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
     teacher_rows = _checked_teacher(student_logits, teacher, options, tail, vocab_size, return_metrics)

@@ -16,7 +16,7 @@ from .linear_checks import check_devices, checked_chunk, checked_rows, checked_s
 from .ops.divergence import DivergenceOptions, RowSides, loss_dtype, row_count
 from .ops.linear_call import LinearDivergenceCall
 from .ops.linear_divergence import linear_divergence
-from .options import checked_options
+from .options import check_powers, checked_options
 from .sparse import checked_compressed
 
 
@@ -205,6 +205,7 @@ def _linear_loss(
     compressed = teacher if isinstance(teacher, CompressedLogits) else None
     head = None if isinstance(teacher, CompressedLogits) else teacher
     dtype = checked_sides(student, head, options, vocab_size)
+    check_powers(options, alpha, dtype)
     if options.ce_weight != 0 and labels is None:
         raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
     shape = student.hidden.shape[:-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Integral, Real
 
+import torch
 from torch import Tensor
 
 from .ops.divergence import DivergenceOptions
@@ -32,8 +33,8 @@ DEFAULT_ALPHA: dict[str, float | None] = {
     "interpolated": None,
 }
 DEFAULT_BETA: dict[str, float | None] = {"symmetric_kl": 0.9, "generalized_js": 0.5, "alpha_beta": 0.7}
-# The least exponent of alpha_beta.
-LEAST_POWER = 1e-3
+# The least exponent of alpha_beta beside logits narrower than float64.
+LEAST_POWER = 1e-4
 # How the tail of a `CompressedLogits` teacher enters the loss.
 TAILS = ("bucket", "truncate", "renormalize", "sampled")
 
@@ -82,14 +83,23 @@ def _hyper_parameter(value: float | None, name: str, divergence: str, defaults: 
         raise ValueError(f"{name} has no meaning for {divergence}; leave it None.")
     number = (defaults.get(divergence) or 0.0) if value is None else checked_number(value, name)
     if divergence == "alpha_beta":
-        if not (number == 0.0 or LEAST_POWER <= number < math.inf):
-            raise ValueError(
-                f"{name} of alpha_beta must be at least {LEAST_POWER} (below, differences of powers have no digits in "
-                f"float32), or 0 in one of the limits (1, 0) and (0, 1), got {number}."
-            )
+        if not 0.0 <= number < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {number}.")
     elif not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {number}.")
     return number
+
+
+def check_powers(options: DivergenceOptions, alpha: float | Tensor | None, dtype: torch.dtype) -> None:
+    """That float32 arithmetic has digits for the differences of powers that alpha_beta is made of."""
+    if options.divergence != "alpha_beta" or dtype == torch.float64:
+        return
+    for name, value in (("alpha", 1.0 if isinstance(alpha, Tensor) else options.alpha), ("beta", options.beta)):
+        if value < LEAST_POWER:
+            raise ValueError(
+                f"{name} of alpha_beta must be at least {LEAST_POWER} for {dtype} logits, or 0 in one of the limits (1, 0)"
+                f" and (0, 1), got {value}; smaller ones need float64."
+            )
 
 
 def _limit(divergence: str, alpha: float, beta: float, alpha_rows: bool) -> str:

@@ -107,7 +107,7 @@ def row_reference(case: DivergenceCase, row: int) -> tuple[float, np.ndarray, np
     if "skew" in case.divergence or case.divergence in ("adaptive_kl", "interpolated"):
         legal = legal and 0 <= alpha <= 1
     if case.divergence == "alpha_beta":
-        legal = legal and 0.999e-3 < alpha < np.inf
+        legal = legal and 0.999e-4 < alpha < np.inf
     legal = legal and cap >= 0
     if case.ce_weight:
         legal = legal and 0 <= label < vocab

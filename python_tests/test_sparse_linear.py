@@ -81,7 +81,7 @@ def test_arguments_are_checked():
         (dict(temperature=3.0), "was not captured"),
         (dict(tail="sampled"), "method='sample'"),
         (dict(divergence="alpha_beta"), "needs the teacher's logits"),
-        (dict(return_metrics=True), "metrics need the teacher's logits"),
+        (dict(return_metrics=True), "return_metrics needs the teacher's logits"),
     ]
     for options, match in cases:
         with pytest.raises(ValueError, match=match):

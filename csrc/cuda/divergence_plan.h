@@ -33,8 +33,8 @@ struct DivergencePlan {
 
 namespace plan {
 
-// Threads on a multiprocessor, which leaves them 128 registers each. Every thread has entries enough in flight that
-// more would not help, and the reductions cost per thread.
+// Threads on a multiprocessor, which leaves them 168 registers each. Every thread has entries enough in flight that
+// more would not help, and the reductions cost instructions per thread, not per entry.
 constexpr int64_t kResidentThreads = 384;
 constexpr int64_t kWarpThreads = 32;
 
@@ -64,6 +64,10 @@ inline bool keeps_all(const DivergenceShape& shape, const DivergencePlan& p) {
   return stages_all(shape, p) && (!shape.keeps || p.kept_turns == p.staged_turns);
 }
 
+inline bool keeps_most(const DivergenceShape& shape, const DivergencePlan& p) {
+  return stages_all(shape, p) && (!shape.keeps || 2 * p.kept_turns >= p.staged_turns);
+}
+
 inline DivergencePlan alone_or_in_team(const DivergenceShape& shape, const DeviceLimits& device) {
   for (const int64_t blocks : {6, 4, 2}) {
     const DivergencePlan p = with_blocks(shape, device, 1, blocks);
@@ -85,7 +89,7 @@ inline DivergencePlan alone_or_in_team(const DivergenceShape& shape, const Devic
 
 // The smallest cluster in whose shared memory the whole row can be kept while another block has room on each
 // multiprocessor: one loads while the other computes. Rows too long for that take the largest cluster, and a
-// multiprocessor per block only where the logits would not fit otherwise.
+// multiprocessor per block only where otherwise the logits would not fit, or most of G would be computed twice.
 //
 // A team's barrier goes through global memory: there blocks stay alone wherever one can stage the whole row, and a team
 // is as small as staging the row allows.
@@ -98,7 +102,7 @@ inline DivergencePlan plan_divergence(const DivergenceShape& shape, const Device
     }
   }
   const DivergencePlan halved = plan::with_blocks(shape, device, device.cluster, 2);
-  return plan::stages_all(shape, halved) ? halved : plan::with_blocks(shape, device, device.cluster, 1);
+  return plan::keeps_most(shape, halved) ? halved : plan::with_blocks(shape, device, device.cluster, 1);
 }
 
 }  // namespace distillm

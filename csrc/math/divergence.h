@@ -203,8 +203,9 @@ struct TotalVariation {
   }
 };
 
-// -1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], a = alpha, b = beta: G = q^b (q^a - p^a) / a. Powers below
-// 1e-3 are refused: the differences of what they leave of p and q have no digits in float. ABKD (Wang et al., ICML 2025).
+// -1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], a = alpha, b = beta: G = q^b (q^a - p^a) / a. Exponents
+// below 1e-4 are refused in float: differences of what they leave of p and q have few digits. ABKD (Wang et al., ICML
+// 2025).
 template <class Real>
 struct AlphaBeta {
   static constexpr bool kNeedsLogs = true, kDivides = false;
@@ -217,7 +218,8 @@ struct AlphaBeta {
         inverse_b(Real(1) / row.beta),
         inverse_sum(Real(1) / (row.alpha + row.beta)) {}
   DISTILLM_HD static bool legal(RowParameters<Real> row) {
-    return row.alpha >= Real(0.000999999) && row.alpha < std::numeric_limits<Real>::infinity();
+    const Real least = sizeof(Real) == sizeof(double) ? Real(0) : Real(0.9999e-4);
+    return row.alpha > least && row.alpha < std::numeric_limits<Real>::infinity();
   }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const {
     const Real p_a = exp2_fast(a * e.log2_p), q_a = exp2_fast(a * e.log2_q);
