@@ -97,8 +97,8 @@ def check_powers(options: DivergenceOptions, alpha: float | Tensor | None, dtype
     for name, value in (("alpha", 1.0 if isinstance(alpha, Tensor) else options.alpha), ("beta", options.beta)):
         if value < LEAST_POWER:
             raise ValueError(
-                f"{name} of alpha_beta must be at least {LEAST_POWER} for {dtype} logits, or 0 in one of the limits (1, 0)"
-                f" and (0, 1), got {value}; smaller ones need float64."
+                f"{name} of alpha_beta must be at least {LEAST_POWER} for {dtype} logits, or 0 in one of the limits "
+                f"(1, 0) and (0, 1), got {value}; smaller ones need float64."
             )
 
 
