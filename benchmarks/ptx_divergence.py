@@ -18,7 +18,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests"))
 
 import ptxsim  # noqa: E402
-from ptx_kernels import FUNCTORS, DivergenceCase, launch_planned, plan_launch, ptxas_report  # noqa: E402
+from ptx_kernels import (  # noqa: E402
+    FUNCTORS,
+    DivergenceCase,
+    launch_planned,
+    occupancy,
+    plan_launch,
+    ptxas_report,
+)
 
 __all__ = ["CounterRow", "cuda_counters", "ptxas_report", "publish_all"]
 
@@ -26,8 +33,11 @@ VOCABULARIES = (32000, 50257, 128256, 151936)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 MODELLED_ROWS = 4096
-# Beside the H100: teams of blocks where there are no clusters, and smaller shared memory.
-OTHER_GPUS = {"sm_80": "A100-80GB", "sm_86": "RTX-3090", "sm_89": "L40S", "sm_120": "RTX-5090"}
+# Standard deviations of the logits; adaptive_kl works otherwise on flat rows, where thousands of entries are the head.
+SPREAD = 3.0
+SPREADS = {"adaptive_kl": (SPREAD, 1.0, 0.1)}
+# Beside the H100: teams of blocks where there are no clusters, smaller shared memory, more bandwidth per instruction.
+OTHER_GPUS = {"sm_80": "A100-80GB", "sm_86": "RTX-3090", "sm_89": "L40S", "sm_100": "B200", "sm_120": "RTX-5090"}
 
 
 @dataclass
@@ -36,10 +46,12 @@ class CounterRow:
 
     divergence: str
     dtype: str
+    spread: float
     vocabulary: int
     arch: str
     cluster: int  # blocks per row
     threads: int  # per block
+    occupancy: float  # share of a multiprocessor's threads that are resident
     staged_share: float  # of the row's logits that stay in shared memory
     kept_share: float  # of its entries whose G and q do
     read_bytes: float  # logits from global memory, per entry
@@ -57,9 +69,11 @@ class CounterRow:
         return {
             "divergence": self.divergence,
             "dtype": self.dtype,
+            "spread": self.spread,
             "V": self.vocabulary,
             "blocks": self.cluster,
             "threads": self.threads,
+            "occupancy": self.occupancy,
             "staged": self.staged_share,
             "kept": self.kept_share,
             "B read": self.read_bytes,
@@ -85,10 +99,10 @@ def modelled(counters: ptxsim.Counters, rows: int, gpu: str) -> tuple[float, flo
     return bounds["dram"] * scale, bounds[limiter] * scale, limiter
 
 
-def count_case(divergence: str, dtype: str, vocabulary: int, arch: str, gpu: str) -> CounterRow:
+def count_case(divergence: str, dtype: str, vocabulary: int, arch: str, gpu: str, spread: float = SPREAD) -> CounterRow:
     rows = 2
     rng = np.random.default_rng(0)
-    student, teacher = ((rng.standard_normal((rows, vocabulary)) * 3).astype(DTYPES[dtype]) for _ in range(2))
+    student, teacher = ((rng.standard_normal((rows, vocabulary)) * spread).astype(DTYPES[dtype]) for _ in range(2))
     case = DivergenceCase(student, teacher, divergence)
     plan = plan_launch(case, arch)
     counters = launch_planned(case, arch, check_races=False).counters
@@ -97,7 +111,7 @@ def count_case(divergence: str, dtype: str, vocabulary: int, arch: str, gpu: str
     written = counters.buffers[2].store_bytes
     dram_ms, modelled_ms, limiter = modelled(counters, rows, gpu)
     return CounterRow(
-        divergence, dtype, vocabulary, arch, plan.cluster, plan.threads,
+        divergence, dtype, spread, vocabulary, arch, plan.cluster, plan.threads, occupancy(case, plan, arch),
         min(plan.cluster * plan.threads * plan.staged_turns / case.chunks, 1),
         min(plan.cluster * plan.threads * plan.kept_turns / case.chunks, 1),
         read / entries, written / entries, (counters.load_bytes + counters.store_bytes - read - written) / entries,
@@ -116,9 +130,10 @@ def cuda_counters(
 ) -> list[CounterRow]:
     """Runs value and gradient of every case once under ptxsim."""
     return [
-        count_case(divergence, dtype, vocabulary, arch, gpu)
+        count_case(divergence, dtype, vocabulary, arch, gpu, spread)
         for divergence in divergences
         for dtype in dtypes
+        for spread in SPREADS.get(divergence, (SPREAD,))
         for vocabulary in vocabularies
     ]
 
@@ -135,6 +150,7 @@ def architecture_row(arch: str, gpu: str, vocabulary: int) -> harness.Row:
         "V": vocabulary,
         "blocks": row.cluster,
         "threads": row.threads,
+        "occupancy": row.occupancy,
         "staged": row.staged_share,
         "B read": row.read_bytes,
         "B written": row.written_bytes,

@@ -246,6 +246,24 @@ def plan_launch(case: DivergenceCase, arch: str, clusters: bool = True) -> Plan:
     return Plan(*out)
 
 
+MOST_THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}  # of a multiprocessor
+MOST_REGISTERS = 65536 // 384  # of a thread of the kernel, by its launch bounds
+
+
+def occupancy(case: DivergenceCase, plan: Plan, arch: str) -> float:
+    """Share of a multiprocessor's threads that are resident, as shared memory and registers let blocks in."""
+    number = architecture(arch)
+    static = divergence_module(arch, case.divergence, case.student, case.teacher).kernel_info("divergence_kernel")
+    bytes_of_block = (
+        1024
+        + static["static_shared"]
+        + plan.threads * (plan.staged_turns * case.slot_bytes + plan.kept_turns * case.kept_bytes)
+    )
+    by_shared = 1024 * SHARED_KILOBYTES[number][1] // bytes_of_block
+    by_registers = 65536 // (MOST_REGISTERS // 8 * 8 * plan.threads)
+    return min(by_shared, by_registers) * plan.threads / MOST_THREADS[number]
+
+
 def launch_planned(case: DivergenceCase, arch: str, clusters: bool = True, **options: Any) -> DivergenceResult:
     """Runs the kernel as the extension would launch it."""
     plan = plan_launch(case, arch, clusters)

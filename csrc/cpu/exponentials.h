@@ -46,25 +46,26 @@ struct Exponentials {
   Real* tile_factor;
 };
 
-// sum of e = 2^x over a tile, and sum of e x, which the entropy is made of.
+// sum of e = 2^x over a tile, sum of e x, which the entropy is made of, and the largest logit.
 template <class Real>
 struct ExponentialSums {
-  Real e, ex;
+  Real e, ex, top;
 };
 
 // kWeighted: whether the sum of e x is wanted. There x is kept finite: an entry whose exponential is 0 adds 0.
 template <bool kWeighted, class Real>
 ExponentialSums<Real> tile_exponentials(const Real* z, int64_t count, Real reference, Real scale, Real* out) {
   constexpr Real kLowest = std::numeric_limits<Real>::min_exponent - 2;
-  Real sum = 0, weighted = 0;
-#pragma omp simd reduction(+ : sum, weighted)
+  Real sum = 0, weighted = 0, top = -std::numeric_limits<Real>::infinity();
+#pragma omp simd reduction(+ : sum, weighted) reduction(max : top)
   for (int64_t i = 0; i < count; ++i) {
     const Real x = (z[i] - reference) * scale, e = exp2_fast(x);
     out[i] = e;
+    top = z[i] > top ? z[i] : top;
     sum += e;
     if constexpr (kWeighted) weighted += e * at_least(x, kLowest);
   }
-  return {sum, weighted};
+  return {sum, weighted, top};
 }
 
 // The online part: largest logit, sum of exponentials and of exponentials times exponents so far.
@@ -113,7 +114,7 @@ Softmax<Real> softmax_of(const LogitRow<Real>& row, Real scale) {
     const int64_t count = row.vocab - start < kTile ? row.vocab - start : kTile;
     const Real* z = row.tile(start, count, buffer);
     online.raise(tile_maximum(z, count), start);
-    online.add({tile_exp_sum(z, count, online.reference, scale), 0});
+    online.add({tile_exp_sum(z, count, online.reference, scale), 0, 0});
   }
   return online.softmax();
 }
@@ -135,6 +136,20 @@ int64_t first_of_tile(const Row& row, int64_t start, int64_t vocab, Real value) 
   return start + i;
 }
 
+// The exponentials of the next tile of a row. Beside metrics, whose sums of e x ask for more, a reference that entries
+// exceed by a little will do, and saves a look at the tile before the one that computes.
+template <bool kMetrics, class Real>
+ExponentialSums<Real> online_exponentials(const Real* z, int64_t count, int64_t start, OnlineSum<Real>& online,
+                                          Real* out) {
+  constexpr Real kHeadroom = 12;
+  if (!kMetrics && start > 0) {
+    const auto sums = tile_exponentials<false>(z, count, online.reference, online.scale, out);
+    if ((sums.top - online.reference) * online.scale < kHeadroom) return sums;
+  }
+  online.raise(tile_maximum(z, count), start);
+  return tile_exponentials<kMetrics>(z, count, online.reference, online.scale, out);
+}
+
 // Pass 1 of one side, over `vocab` entries, which may be more than the side has. Row: LogitRow, or what has its tile().
 // With `metrics`, entropy and top entry come along, of rows that are usable.
 template <bool kMetrics, class Real, class Row>
@@ -145,9 +160,10 @@ Softmax<Real> exponentials_with(const Row& row, int64_t vocab, Real scale, Expon
   for (int64_t start = 0; start < vocab; start += kTile) {
     const int64_t count = vocab - start < kTile ? vocab - start : kTile;
     const Real* z = row.tile(start, count, buffer);
-    online.raise(tile_maximum(z, count), start);
-    online.add(tile_exponentials<kMetrics>(z, count, online.reference, scale, out.values + start));
+    const auto sums = online_exponentials<kMetrics>(z, count, start, online, out.values + start);
+    online.add(sums);
     out.tile_factor[start / kTile] = online.reference;
+    online.raise(sums.top, start);  // for the tiles to come
   }
   const Softmax<Real> softmax = online.softmax();
   const Real inverse_sum = static_cast<Real>(1 / online.sum);
@@ -156,7 +172,7 @@ Softmax<Real> exponentials_with(const Row& row, int64_t vocab, Real scale, Expon
   }
   if constexpr (kMetrics) {
     if (softmax.usable()) {
-      *metrics = {online.entropy(), first_of_tile(row, online.top_start, vocab, softmax.maximum)};
+      *metrics = {online.entropy(), first_of_tile(row, online.top_start, vocab, online.maximum)};
     }
   }
   return softmax;

@@ -149,7 +149,7 @@ OnlineSum<Real> online_sum_of(const Real* z, int64_t total, Real scale) {
   for (int64_t start = 0; start < total; start += kTile) {
     const int64_t count = total - start < kTile ? total - start : kTile;
     online.raise(tile_maximum(z + start, count), start);
-    online.add({tile_exp_sum(z + start, count, online.reference, scale), 0});
+    online.add({tile_exp_sum(z + start, count, online.reference, scale), 0, 0});
   }
   return online;
 }

@@ -62,6 +62,24 @@ def test_head_with_ties(mu):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [32000, 50257, 151936])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 2.0])
+def test_head_of_flat_rows(vocab, spread):
+    """adaptive_kl where thousands of entries are the head: counted first."""
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = (
+        (torch.randn(4, vocab, generator=generator) * spread).to(torch.bfloat16).requires_grad_(i == 0)
+        for i in range(2)
+    )
+    on_device = student.detach().cuda().requires_grad_()
+    loss = distillation_loss(on_device, teacher.cuda(), divergence="adaptive_kl", reduction="none")
+    loss.sum().backward()
+    expected = distillation_loss(student, teacher, divergence="adaptive_kl", reduction="none")
+    expected.sum().backward()
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(on_device.grad.cpu(), student.grad, rtol=2e-2, atol=1e-7)
+
+
 @pytest.mark.parametrize("divergence", ["skew_kl", "adaptive_kl"])
 def test_linear_loss(dtype, divergence):
     """Value and gradients of the fused loss against `distillation_loss` on logits formed whole."""

@@ -29,6 +29,15 @@ def test_vector_add(arch, seed):
     assert [b.times_written for b in c.buffers] == [0, 0, 1]
 
 
+def test_instructions_by_source_line():
+    n = 1024
+    a, out = np.ones(n, np.float32), np.zeros(n, np.float32)
+    c = launch("vector_add", 8, 128, [a, a, out, n])
+    assert sum(c.lines.values()) == c.issued_warp_instructions
+    mine = [count for chain, count in c.lines.items() if chain and chain[0].endswith("counting.cu:4")]
+    assert sum(mine) >= 4 * n // 32  # two loads, an addition, a store, and the addresses
+
+
 def test_partial_block():
     n = 100  # the last warp has 4 active lanes
     a = np.ones(n, np.float32)
