@@ -47,6 +47,16 @@ def test_rows_that_do_not_count():
     assert value.isnan().tolist() == [True, False, False, False]
 
 
+def test_sums_over_rows_beyond_the_range():
+    """The weight's gradient of all rows together exceeds the largest float16; their mean does not."""
+    rows, hidden = 4096, torch.full((4096, 2), 60.0, dtype=torch.float16)
+    weight = torch.tensor([[0.0, 0.0], [0.2, 0.2], [-0.2, -0.2]], dtype=torch.float16).requires_grad_()
+    teacher = torch.tensor([8.0, -8.0, -8.0], dtype=torch.float16).expand(rows, 3)
+    linear_distillation_loss(hidden, weight, teacher, divergence="forward_kl").backward()
+    expected = torch.tensor([[-60.0, -60.0], [60.0, 60.0], [0.0, 0.0]])
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=2e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("options", [{}, {"num_items": 10**6}, {"reduction": "none"}])
 def test_heads(autocast, options):

@@ -46,6 +46,15 @@ def test_several_evaluation_sets_have_their_own_metrics(tmp_path):
     assert {"eval_a_loss", "eval_b_divergence"} <= set(metrics)
 
 
+def test_a_head_of_another_dtype_trains_under_autocast(tmp_path):
+    student = tiny_model(1).bfloat16()
+    student.lm_head.float()
+    trainer = tiny_trainer(tiny_config(tmp_path, max_steps=1, bf16=True), model=student)
+    assert trainer.student.reader.splits
+    trainer.train()
+    assert torch.isfinite(torch.tensor(logged(trainer, "loss"))).all()
+
+
 # ---- logs
 
 

@@ -111,7 +111,8 @@ struct GradientTerms {
     const bool own_unit = a.inverse_temperature != 1;
     const float q_scale = (loss.constant ? 0.0f : -g_scale * sum_g) + (own_unit ? 0.0f : label_scale);
     const int label = a.ce_weight != 0 ? static_cast<int>(in.label) : INT32_MIN;
-    return {softmaxes.q, softmaxes.unit, g_scale, q_scale, own_unit ? label_scale : 0.0f, label_scale, label, loss.constant};
+    return {softmaxes.q, softmaxes.unit, g_scale,      q_scale, own_unit ? label_scale : 0.0f,
+            label_scale, label,          loss.constant};
   }
 
   // Conditions of the row are tested per chunk, not per entry. kept: of Terms (divergence_terms.cuh).
