@@ -14,8 +14,8 @@
 
 namespace distillm {
 
-// What a thread sums up over its entries, or those of a chunk: |p - q| and p of what is not listed. In a flat row
-// the latter of what lies beyond the list alone, and `head` is |p - q| of that, of which `all` holds it too.
+// What a thread sums up over its entries. all: |p - q| of what is not listed. In a peaked row rest is p of that; in a
+// flat one head is the part of `all`, and rest p, of what lies beyond the list.
 struct AdaptiveSums {
   float all = 0, rest = 0, head = 0;
 };
