@@ -136,18 +136,18 @@ int64_t first_of_tile(const Row& row, int64_t start, int64_t vocab, Real value) 
   return start + i;
 }
 
-// The exponentials of the next tile of a row. Beside metrics, whose sums of e x ask for more, a reference that entries
-// exceed by a little will do, and saves a look at the tile before the one that computes.
-template <bool kMetrics, class Real>
+// The exponentials of the next tile of a row. A reference that entries exceed by a little will do, and saves a look at
+// the tile before the one that computes.
+template <bool kWeighted, class Real>
 ExponentialSums<Real> online_exponentials(const Real* z, int64_t count, int64_t start, OnlineSum<Real>& online,
                                           Real* out) {
   constexpr Real kHeadroom = 12;
-  if (!kMetrics && start > 0) {
-    const auto sums = tile_exponentials<false>(z, count, online.reference, online.scale, out);
+  if (start > 0) {
+    const auto sums = tile_exponentials<kWeighted>(z, count, online.reference, online.scale, out);
     if ((sums.top - online.reference) * online.scale < kHeadroom) return sums;
   }
   online.raise(tile_maximum(z, count), start);
-  return tile_exponentials<kMetrics>(z, count, online.reference, online.scale, out);
+  return tile_exponentials<kWeighted>(z, count, online.reference, online.scale, out);
 }
 
 // Pass 1 of one side, over `vocab` entries, which may be more than the side has. Row: LogitRow, or what has its tile().
@@ -172,7 +172,7 @@ Softmax<Real> exponentials_with(const Row& row, int64_t vocab, Real scale, Expon
   }
   if constexpr (kMetrics) {
     if (softmax.usable()) {
-      *metrics = {online.entropy(), first_of_tile(row, online.top_start, vocab, online.maximum)};
+      *metrics = {online.entropy(), first_of_tile(row, online.top_start, vocab, softmax.maximum)};
     }
   }
   return softmax;
