@@ -19,8 +19,8 @@ exact   32                   none
 The q codecs cut uniform steps from the row's largest value downwards: the largest has no error, and what lies more
 than 32 nats below it (a factor of 1.3e-14) is stored as 32 nats below it. After decoding, all but "exact" add one
 constant per row, so that kept entries and tail sum to 1 at T = 1. It is no larger than the error above (plus 5e-4 from
-the rounding of the tail): in all, an error is at most twice the bound above, plus 5e-4. Without T = 1 among the
-temperatures there is no such tail; the largest value is then a float16 and nothing is added.
+the rounding of the tail): in all, an error is at most twice the bound above, plus 5e-4 and 2^-23 over the kept mass.
+Without T = 1 among the temperatures there is no such tail; the largest value is then a float16 and nothing is added.
 
 Ids are exact. `tail_logprob` and `label_logprob` are float16 (float32 in "exact"), where a log tail mass that would
 round to 0 beside kept entries becomes -2^-24. `log_norm` follows from values and tail, so that probabilities sum to 1

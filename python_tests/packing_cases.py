@@ -59,7 +59,8 @@ def from_compressed(compressed: CompressedLogits) -> Case:
 
 def logits(rows: int, vocab: int, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
     """Rows of several kinds: plain, NaN, mostly -inf, one finite entry, ties, very peaked."""
-    z = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * spread
+    # NumPy's numbers are the same on every CPU; torch's depend on its vector width.
+    z = torch.from_numpy((np.random.default_rng(seed).standard_normal((rows, vocab)) * spread).astype(np.float32))
     kinds = [
         lambda row: row,
         lambda row: row.index_fill_(0, torch.tensor([vocab // 2]), torch.nan),
@@ -123,6 +124,8 @@ def value_bound(case: Case, codec: str, row: int) -> np.ndarray:
     if codec == "fp16":
         # The bound of the shift is that of the entries that weigh: the largest ones.
         return np.abs(values) * 2.0**-11 + np.abs(values).min() * 2.0**-11 + 2.0**-25 + 5e-4
+    # What rounds the tail, 2^-23 at most, is more of a kept mass that is small itself.
+    of_tail = 2.0**-23 / np.exp(values).sum()
     spread = values.max() - values.min()
     below = np.maximum(values.max() - values - 32, 0)  # what the floor of 32 nats cuts off
-    return 2 * min(spread, 32) / (2 * (2 ** BITS[codec] - 1)) * 1.001 + below + 6e-4
+    return 2 * min(spread, 32) / (2 * (2 ** BITS[codec] - 1)) * 1.001 + below + 6e-4 + of_tail

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from divergence_cases import INFINITE_WITHOUT, SKEWED, assert_close, logits, oracle, run
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from distillm_ext import distillation_loss
@@ -183,6 +183,10 @@ finite = st.floats(-40, 40, width=32)
 def test_property_against_the_reference(data, vocab, divergence, temperature):
     row = st.lists(finite, min_size=vocab, max_size=vocab)
     student, teacher = (torch.tensor([data.draw(row)], dtype=torch.float32) for _ in range(2))
+    if divergence == "total_variation" and not torch.equal(student, teacher):
+        # The sign of p - q is a matter of rounding where they are all but equal.
+        q, p = ((x.double() / temperature).softmax(-1) for x in (student, teacher))
+        assume(not ((p - q).abs() < 1e-5 * torch.maximum(p, q)).any())
     ours = run(student, teacher, torch.ones(1), divergence=divergence, temperature=temperature)
     expected = oracle(student, teacher, torch.ones(1), divergence=divergence, temperature=temperature)
     np.testing.assert_allclose(ours[0].double(), expected[0], rtol=1e-5, atol=2e-6)
