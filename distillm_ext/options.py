@@ -121,6 +121,4 @@ def checked_number(value: float, name: str) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(
-            f"{name} must be within the range of a float, got an int of {value.bit_length()} bits."
-        ) from None
+        raise ValueError(f"{name} must be within the range of a float.") from None

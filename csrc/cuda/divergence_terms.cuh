@@ -1,10 +1,10 @@
 // The terms of a divergence that is a functor of math/divergence.h, as the last two passes over a row ask for them.
 //
 // What the passes ask of any member is a class Terms with
-//   Watch<Stored>                               add(teacher): sees all chunks in the first visit; logit(): for the
-//   constructor prepare(rows)                               between the first visit and the second, by every thread of
-//   the cluster chunk(first, student, teacher, sum, kept)   logits of the chunk from entry first() on: adds to the
-//   row's sums; what
+//   Watch<Stored>                               add(teacher): sees all chunks in the first visit; logit(): what the
+//                                               constructor takes of it
+//   prepare(rows)                               between the first visit and the second, by every thread of the cluster
+//   chunk(first, student, teacher, sum, kept)   logits of the chunk from entry first() on: adds to the row's sums; what
 //                                               the gradient needs of every entry beside the student's logit
 //   again(student, teacher, kept)               the same without the sums
 //   publish(), share()                          the member's own reductions, along with those of `sum`
