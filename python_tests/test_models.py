@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from distillm_ext.demo.tiny import make_tokenizer
-from distillm_ext.training.models import (
+from distillm_ext.models.loading import (
     ModelSpec,
     check_same_tokens,
     cut_student,
@@ -257,13 +257,15 @@ def test_gguf_blocks_are_unpacked(tmp_path, monkeypatch):
 
     def spy(name, **options):
         seen.update(options, name=name)
-        return make("llama-tied")
+        return make("llama-tied"), {}
 
     (tmp_path / "a.gguf").write_bytes(b"")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
     load_teacher(tmp_path / "a.gguf")
     assert seen["name"] == str(tmp_path) and seen["gguf_file"] == "a.gguf"
     assert seen["quantization_config"].dequantize is True
+    load_teacher(tmp_path / "a.gguf", "auto")
+    assert seen["dtype"] == torch.float32
 
 
 def test_missing_gguf_file_names_those_that_are_there(tmp_path):

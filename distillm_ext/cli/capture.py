@@ -8,24 +8,34 @@ from typing import Annotated, Any
 
 import typer
 
+from distillm_ext.cli.options import DATASET_HELP, DTYPE_HELP, expanded
+
 INTERRUPTED = 130
 # Seconds between lines where there is no terminal.
 _LINE_EVERY = 10.0
 
 
 def capture(
-    out: Annotated[Path, typer.Option(help="Folder of the cache. One that was begun with the same settings goes on.")],
-    teacher: Annotated[str | None, typer.Option(help="Folder, hub name or .gguf file of the teacher.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(callback=expanded, help="Folder of the cache. One that was begun with the same settings goes on."),
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(callback=expanded, help="Folder, hub name or .gguf file of the teacher.")
+    ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="JSONL, JSON or Parquet file, or hub name, with the training rows.")
+        str | None, typer.Option(callback=expanded, help=f"{DATASET_HELP}, with the training rows.")
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="Settings file of `distillm train`: teacher, dataset and lengths not given here are its."),
+        typer.Option(
+            callback=expanded,
+            help="Settings file of `distillm train`: teacher, dataset and lengths not given here are its.",
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of the data set; slices as train[:100] are allowed.")] = "train",
     eval_dataset: Annotated[
-        str | None, typer.Option("--eval", help="Validation rows, captured into the same cache.")
+        str | None, typer.Option("--eval", callback=expanded, help="Validation rows, captured into the same cache.")
     ] = None,
     eval_split: Annotated[str | None, typer.Option(help="Split of the validation rows.")] = None,
     subset: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
@@ -41,7 +51,7 @@ def capture(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a teacher forward.")] = 8,
     max_prompt_length: Annotated[int | None, typer.Option(min=1, help="As in training; 256.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="As in training; 512.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of the teacher.")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"Of the teacher: {DTYPE_HELP}")] = "float32",
     shard_mib: Annotated[int, typer.Option(min=1, help="Size of a shard.")] = 64,
     flush_seconds: Annotated[float, typer.Option(min=0.0, help="The longest time whose work a kill can lose.")] = 300.0,
 ) -> None:

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from distillm_ext.cli.options import expanded
+
 
 def demo(
     tiny: Annotated[
         bool, typer.Option("--tiny", help="A world made locally, without any network: about three minutes.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the results; default runs/demo, with --tiny runs/demo-tiny.")
+        Path | None,
+        typer.Option(callback=expanded, help="Folder of the results; default runs/demo, with --tiny runs/demo-tiny."),
     ] = None,
     settings: Annotated[
         list[str] | None,

@@ -7,11 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
+from distillm_ext.cli.options import DATASET_HELP, DTYPE_HELP, expanded
+
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder, hub name or .gguf file of the model to measure.")],
-    dataset: Annotated[str, typer.Option(help="JSONL, JSON or Parquet file, or hub name, with held-out rows.")],
-    teacher: Annotated[str | None, typer.Option(help="Model to compare with: folder, hub name or .gguf file.")] = None,
+    model: Annotated[
+        str, typer.Argument(callback=expanded, help="Folder, hub name or .gguf file of the model to measure.")
+    ],
+    dataset: Annotated[str, typer.Option(callback=expanded, help=f"{DATASET_HELP}, with held-out rows.")],
+    teacher: Annotated[
+        str | None, typer.Option(callback=expanded, help="Model to compare with: folder, hub name or .gguf file.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of the data set; slices as train[:100] are allowed.")] = "train",
     rows: Annotated[int, typer.Option(min=0, help="Take the first N rows; 0 takes all.")] = 0,
     generate: Annotated[int, typer.Option(min=0, help="Generate responses to the first N rows for ROUGE-L.")] = 32,
@@ -21,8 +27,8 @@ def evaluate(
     max_prompt_length: Annotated[int, typer.Option(min=1, help="Longer prompts lose their beginning.")] = 256,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response.")] = 512,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a generated response.")] = 128,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of both models.")] = "float32",
-    output: Annotated[Path | None, typer.Option(help="Write the metrics to this JSON file.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"Of both models: {DTYPE_HELP}")] = "float32",
+    output: Annotated[Path | None, typer.Option(callback=expanded, help="Write the metrics to this JSON file.")] = None,
 ) -> None:
     """Measure KL to the teacher, cross-entropy, top-1 agreement and ROUGE-L on held-out rows."""
     import torch
@@ -58,7 +64,7 @@ def evaluate(
 
 
 def _load(model: str, teacher: str | None, dtype: str, device: str) -> tuple[Any, Any, Any]:
-    from distillm_ext.training.models import check_same_tokens, load_teacher, load_tokenizer
+    from distillm_ext.models.loading import check_same_tokens, load_teacher, load_tokenizer
 
     tokenizer = load_tokenizer(model)
     # The measured model is only read: it loads as a teacher does, in evaluation mode and without gradients.

@@ -7,11 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
+from distillm_ext.cli.options import expanded
+
 INTERRUPTED = 130
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file with the keys student, teacher, dataset, training.")],
+    config: Annotated[
+        Path, typer.Argument(callback=expanded, help="YAML file with the keys student, teacher, dataset, training.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Dotted settings that replace the file's, same as --set."),

@@ -190,7 +190,7 @@ class Demo:
         if settings.training["eval_strategy"] == "no":
             splits = (splits[0], None)
         bar = ProgressBar(self.console, name)
-        shutil.rmtree(settings.training["output_dir"], ignore_errors=True)
+        shutil.rmtree(settings.output_dir, ignore_errors=True)
         trainer = build_trainer(
             settings,
             callbacks=[bar],

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from distillm_ext.functional import distillation_loss
 from distillm_ext.generation import SamplingParams, generate_responses
+from distillm_ext.models.vocabulary import check_dataset_ids, compared_vocabulary, padding_id
 
 Progress = Callable[[str, int, int], None]
 
@@ -90,8 +91,17 @@ def evaluate_student(
     for name, value, least in (("batch_size", batch_size, 1), ("generate_rows", generate_rows, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+    vocab_size = compared_vocabulary(tokenizer, student=student, teacher=teacher)
+    models = {"model": student, "teacher": teacher}
+    check_dataset_ids(rows, "rows", tokenizer, models=models, vocab_size=vocab_size)
     kl, cross_entropy, agreement, tokens = divergence_metrics(
-        student, rows, teacher=teacher, batch_size=batch_size, pad_token_id=_pad_id(tokenizer), progress=progress
+        student,
+        rows,
+        teacher=teacher,
+        batch_size=batch_size,
+        pad_token_id=padding_id(tokenizer, student, teacher),
+        vocab_size=vocab_size,
+        progress=progress,
     )
     count = min(generate_rows, len(rows))
     score = math.nan
@@ -117,11 +127,13 @@ def divergence_metrics(
     teacher: PreTrainedModel | None,
     batch_size: int = 8,
     pad_token_id: int = 0,
+    vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[float, float, float, int]:
     """Token-weighted means over all response tokens of `rows`: KL(teacher ‖ student), cross-entropy, agreement, tokens.
 
-    Vocabularies of different sizes are compared over the entries both have.
+    The models are compared over the first `vocab_size` entries (`compared_vocabulary`), None takes those both have; the
+    cross-entropy is over all of the student's.
     """
     if len(rows) == 0:
         raise ValueError("rows: expected at least one row to evaluate, got none")
@@ -131,7 +143,7 @@ def divergence_metrics(
     with torch.no_grad(), evaluating(student), evaluating(teacher):
         for start in range(0, len(order), batch_size):
             batch = [rows[index] for index in order[start : start + batch_size]]
-            totals += _batch_sums(student, teacher, batch, pad_token_id)
+            totals += _batch_sums(student, teacher, batch, pad_token_id, vocab_size)
             if progress is not None:
                 progress("token metrics", min(start + batch_size, len(order)), len(order))
     kl, cross_entropy, agreement, tokens = totals.tolist()
@@ -160,7 +172,11 @@ def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
 
 
 def _batch_sums(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, batch: list[dict[str, Any]], pad_token_id: int
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batch: list[dict[str, Any]],
+    pad_token_id: int,
+    vocab_size: int | None,
 ) -> Tensor:
     """Sums over the batch's targets: KL, cross-entropy, agreements, count. [4] float64 on the CPU."""
     width = max(len(row["input_ids"]) for row in batch)
@@ -183,7 +199,7 @@ def _batch_sums(
     sums[3] = predicts.sum().to(ours.device)
     if teacher is not None:
         theirs = _logits(teacher, input_ids, attention_mask, predicts).to(ours.device)
-        shared = min(ours.shape[-1], theirs.shape[-1])
+        shared = min(ours.shape[-1], theirs.shape[-1], vocab_size or ours.shape[-1])
         sums[0] = distillation_loss(ours, theirs, labels, divergence="forward_kl", reduction="sum", vocab_size=shared)
         sums[2] = (ours[:, :shared].argmax(dim=-1) == theirs[:, :shared].argmax(dim=-1)).sum()
     return torch.stack([value.double() for value in sums]).cpu()
@@ -202,12 +218,6 @@ def _logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, p
     return logits[predicts[:, columns].to(device)]
 
 
-def _pad_id(tokenizer: Any) -> int:
-    """Any legal id does: padding is marked by the attention mask."""
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return found if found is not None else 0
-
-
 def generate_texts(
     student: PreTrainedModel,
     rows: Dataset,
@@ -221,6 +231,7 @@ def generate_texts(
 ) -> tuple[list[str], list[str]]:
     """Responses of the student to the prompts of token rows, and the rows' own responses, as text."""
     ends = _end_ids(student, tokenizer)
+    vocab_size = compared_vocabulary(tokenizer, student=student)
     responses: list[list[int]] = []
     for start in range(0, len(rows), batch_size):
         batch = rows.select(range(start, min(start + batch_size, len(rows))))
@@ -231,7 +242,8 @@ def generate_texts(
             sampling,
             max_new_tokens=max_new_tokens,
             eos_token_ids=ends,
-            pad_token_id=_pad_id(tokenizer),
+            pad_token_id=padding_id(tokenizer, student),
+            vocab_size=vocab_size,
             seeds=[seed * 1_000_003 + start + offset for offset in range(len(prompts))],
         )
         responses += generated.token_ids

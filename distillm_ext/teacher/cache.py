@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distillm_ext.paths import expand_path
+
 from .errors import CacheError, CacheMiss
 from .fingerprint import fingerprint_dataset, fingerprint_model, fingerprint_tokenizer
 from .index import RowIndex
@@ -81,7 +83,7 @@ class TeacherCache:
         """
         if verify not in ("structure", "full"):
             raise ValueError(f"verify must be 'structure' or 'full', got {verify!r}")
-        folder = Path(path)
+        folder = Path(expand_path(path, "path"))
         manifest = Manifest.read(_manifest_file(folder))
         expected = {
             "teacher": _fingerprint(teacher, fingerprint_model),

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from distillm_ext.paths import expand_path
+
 from .errors import CacheDamaged, CacheError
 from .manifest import MANIFEST, CacheSpec, Manifest, ShardInfo
 from .rows import Targets, Tokens, as_spans, as_tokens, store_row
@@ -47,7 +49,7 @@ class CacheWriter:
             raise ValueError(f"rank must lie in 0..99999, got {rank}")
         if shard_bytes < 1:
             raise ValueError(f"shard_bytes must be positive, got {shard_bytes}")
-        self.path, self.spec, self.rank, self.shard_bytes = Path(path), spec, rank, shard_bytes
+        self.path, self.spec, self.rank, self.shard_bytes = Path(expand_path(path, "path")), spec, rank, shard_bytes
         self.path.mkdir(parents=True, exist_ok=True)
         self._pending: list[StoredRow] = []
         self._pending_bytes = 0
@@ -175,7 +177,7 @@ def finish_cache(path: str | Path, spec: CacheSpec) -> Manifest:
         CacheMismatch: ranks wrote with different settings.
         CacheDamaged: a shard is not there as written.
     """
-    folder = Path(path)
+    folder = Path(expand_path(path, "path"))
     shards = collect_shards(folder, spec)
     for info in shards:
         Shard(folder / info.file, info)

@@ -16,6 +16,8 @@ from datasets import Dataset, concatenate_datasets
 
 from distillm_ext.compression import checked_temperatures
 from distillm_ext.containers_compressed import METHODS
+from distillm_ext.models.loading import load_teacher, load_tokenizer
+from distillm_ext.models.vocabulary import check_dataset_ids, compared_vocabulary, padding_id, tokenizer_size
 from distillm_ext.packing import CODECS
 from distillm_ext.teacher import (
     CacheSpec,
@@ -30,7 +32,6 @@ from distillm_ext.teacher.manifest import MANIFEST, Manifest
 from distillm_ext.teacher.settings import CompressionSettings
 from distillm_ext.training.collators import DistillationCollator, move_batch
 from distillm_ext.training.data import prepare_dataset
-from distillm_ext.training.models import load_teacher, load_tokenizer
 from distillm_ext.training.reuse_checks import MAX_K
 from distillm_ext.training.rows import load_rows
 from distillm_ext.training.settings import DatasetSettings
@@ -52,7 +53,7 @@ class CaptureSettings:
         k, method, codec, temperatures, seed: the compression, see `distillm_ext.compress_logits` and `pack`.
         max_prompt_length, max_length: as in the run that will read the cache.
         batch_size: rows a teacher forward.
-        dtype: of the teacher.
+        dtype: of the teacher; "auto" is its checkpoint's.
         rows: take the first N rows of the training split; 0 takes all.
         shard_mib: size of a shard.
         flush_seconds: the longest time whose work a kill can lose.
@@ -78,7 +79,7 @@ class CaptureSettings:
         # Before a teacher is loaded, which may take minutes.
         _check_choice("method", self.method, METHODS)
         _check_choice("codec", self.codec, CODECS)
-        _check_choice("dtype", self.dtype, tuple(name for name in TEACHER_DTYPES if name != "auto"))
+        _check_choice("dtype", self.dtype, tuple(TEACHER_DTYPES))
         least = {"k": 1, "max_prompt_length": 1, "max_length": 2, "batch_size": 1, "rows": 0, "shard_mib": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -144,6 +145,7 @@ def capture(
     tokenizer = load_tokenizer(settings.teacher)
     rows = token_rows(settings, tokenizer)
     teacher = ModelTeacher(load_teacher(settings.teacher, settings.dtype), device=processes.device)
+    check_dataset_ids(rows, "dataset", tokenizer, models={"teacher": teacher.model})
     teacher.verify(rows[0]["input_ids"][:16])
     spec = cache_spec(settings, teacher.model, tokenizer, rows)
     check_seed(settings)
@@ -192,7 +194,7 @@ def token_rows(settings: CaptureSettings, tokenizer: Any) -> Dataset:
 def cache_spec(settings: CaptureSettings, teacher: Any, tokenizer: Any, rows: Dataset) -> CacheSpec:
     """The cache's settings. Of the teacher's vocabulary only entries that the tokenizer can name are looked at."""
     return CacheSpec(
-        vocab_size=min(teacher.get_output_embeddings().weight.shape[0], len(tokenizer)),
+        vocab_size=compared_vocabulary(tokenizer, teacher=teacher),
         k=settings.k,
         method=settings.method,
         codec=settings.codec,
@@ -204,6 +206,7 @@ def cache_spec(settings: CaptureSettings, teacher: Any, tokenizer: Any, rows: Da
             "teacher": settings.teacher,
             "dataset": dataclasses.asdict(settings.dataset),
             "seed": settings.seed,
+            "tokenizer_size": tokenizer_size(tokenizer),
             "max_prompt_length": settings.max_prompt_length,
             "max_length": settings.max_length,
             "dtype": str(next(teacher.parameters()).dtype).removeprefix("torch."),
@@ -232,8 +235,7 @@ class TeacherRecords:
     def __init__(self, teacher: ModelTeacher, settings: CompressionSettings, tokenizer: Any) -> None:
         self.teacher = teacher
         self.settings = settings
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.collator = DistillationCollator(pad if pad is not None else 0)
+        self.collator = DistillationCollator(padding_id(tokenizer, teacher.model))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         features = [{**row, "row": number} for number, row in enumerate(rows)]

@@ -12,6 +12,7 @@ from transformers.trainer_utils import IntervalStrategy
 from distillm_ext.generation.sampling import SamplingParams
 from distillm_ext.options import DEFAULT_ALPHA, DEFAULT_BETA, DIVERGENCES, TAILS
 from distillm_ext.packing import CODECS
+from distillm_ext.paths import expand_path
 from distillm_ext.training.policies import POLICIES
 from distillm_ext.training.reuse_checks import MAX_K, REUSE_METHODS, check_compressed_loss
 from distillm_ext.training.schedule import REPLAY_RATIOS, SCHEDULES
@@ -20,6 +21,11 @@ from distillm_ext.training.teacher import TEACHER_DTYPES
 WARMUP_OBJECTIVES = ("sft", "forward_kl")
 # Which divergences have which parameter.
 _PARAMETERS = {"alpha": tuple(DEFAULT_ALPHA), "beta": tuple(DEFAULT_BETA)}
+# Fields of ours and of TrainingArguments that may name a file or a folder.
+_PATH_FIELDS = (
+    "output_dir", "logging_dir", "lm_dataset", "resume_from_checkpoint", "deepspeed", "fsdp_config",
+    "accelerator_config",
+)  # fmt: skip
 
 
 def _option(default: Any, text: str) -> Any:
@@ -102,6 +108,10 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for name in _PATH_FIELDS:
+            value = getattr(self, name, None)
+            if isinstance(value, str) and not value.lstrip().startswith("{"):  # not JSON
+                setattr(self, name, expand_path(value, name))
         super().__post_init__()
         self._check_choices()
         self._check_ranges()

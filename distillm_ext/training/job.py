@@ -15,9 +15,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 
 from distillm_ext.files import write_text
+from distillm_ext.models.loading import check_same_tokens, load_student, load_teacher, load_tokenizer
+from distillm_ext.paths import expand_path
 from distillm_ext.teacher.manifest import MANIFEST as CACHE_MANIFEST
 from distillm_ext.training.checkpoint import list_checkpoints, newest_complete_checkpoint
-from distillm_ext.training.models import check_same_tokens, load_student, load_teacher, load_tokenizer
 from distillm_ext.training.rows import load_rows
 from distillm_ext.training.settings import DatasetSettings, RunSettings, settings_from_dict
 from distillm_ext.training.trainer import DistillationTrainer
@@ -29,7 +30,8 @@ SETTINGS_FILE, LOG_FILE, MODEL_FOLDER = "settings.yaml", "log.json", "final"
 
 @dataclass
 class Models:
-    """What a run loads: the student is trained in float32 (mixed precision is `bf16` of the training settings).
+    """What a run loads: the student is trained in float32 unless `student.dtype` says otherwise (mixed precision is
+    `bf16` of the training settings).
 
     Attributes:
         teacher: None where a cache takes its place.
@@ -51,21 +53,24 @@ def load_models(settings: RunSettings) -> Models:
     """
     source, cache = split_teacher_setting(settings.teacher)
     cut = isinstance(settings.student, dict) and bool({"layers", "keep_layers"} & set(settings.student))
-    wanted = settings.training.get("teacher_dtype", "auto")
-    # A student that is cut out of the teacher starts from its weights before any rounding.
-    dtype = "float32" if cut or wanted == "auto" else wanted
+    # A student that is cut out of the teacher starts from its weights before any rounding; the trainer then gives the
+    # teacher its dtype.
+    dtype = "auto" if cut else settings.training.get("teacher_dtype", "auto")
+    named = settings.student
+    if isinstance(named, dict):
+        named = {key: value for key, value in named.items() if key != "dtype"}
     if source is None:
         if cut:
             raise ValueError(
                 f"student: is cut from the teacher's layers, and teacher: {cache} is a cache without layers; name the "
                 "model too (teacher: {name: ..., cache: ...}), or a student of its own"
             )
-        return Models(load_student(settings.student), None, load_tokenizer(settings.student), cache)
+        return Models(load_student(settings.student), None, load_tokenizer(named), cache)
     teacher = load_teacher(source, dtype)
     tokenizer = load_tokenizer(source)
     if cut:
         return Models(load_student(settings.student, teacher=teacher), teacher, tokenizer, cache)
-    own = load_tokenizer(settings.student)
+    own = load_tokenizer(named)
     check_same_tokens(own, tokenizer)
     return Models(load_student(settings.student), teacher, own, cache)
 
@@ -74,7 +79,8 @@ def split_teacher_setting(teacher: str | dict[str, Any]) -> tuple[str | dict[str
     """(model or None, cache or None) that the settings' `teacher` names; a folder with a cache's manifest is one."""
     named = {"name": teacher} if isinstance(teacher, str) else dict(teacher)
     cache = named.pop("cache", None)
-    name = str(named.get("name"))
+    cache = None if cache is None else expand_path(str(cache), "teacher.cache")
+    name = expand_path(str(named.get("name")), "teacher")
     if cache is None and set(named) == {"name"} and (Path(name) / CACHE_MANIFEST).is_file():
         return None, Path(name)
     if not named:
@@ -142,7 +148,7 @@ def start_folder(settings: RunSettings, *, resume: bool) -> tuple[str | None, li
     Returns:
         checkpoint folder or None; names of settings that changed since the checkpoint's run.
     """
-    folder = Path(settings.training["output_dir"])
+    folder = settings.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     newest = newest_complete_checkpoint(folder) if resume else None
     changed = _changed_settings(folder, settings) if newest else []
@@ -159,7 +165,7 @@ def start_folder(settings: RunSettings, *, resume: bool) -> tuple[str | None, li
 
 def write_settings(settings: RunSettings) -> Path:
     """Write the settings to `output_dir`, in the form that `distillm train` reads."""
-    path = Path(settings.training["output_dir"]) / SETTINGS_FILE
+    path = settings.output_dir / SETTINGS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(settings.as_dict(), sort_keys=False, allow_unicode=True))
     return path

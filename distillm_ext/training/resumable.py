@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer
 
+from distillm_ext.paths import expand_path
 from distillm_ext.training.checkpoint import (
     is_complete,
     list_checkpoints,
@@ -80,12 +81,13 @@ class ResumableTrainer(Trainer):
                 )
             logger.info("resuming from %s", newest)
             return newest
+        wanted = expand_path(wanted, "resume_from_checkpoint")
         if not is_complete(wanted, resumable=True):
             raise ValueError(
                 f"resume_from_checkpoint: {wanted} is not a complete checkpoint of this trainer (no marker, or saved "
                 "with save_only_model); pass True for the newest complete one"
             )
-        return str(wanted)
+        return wanted
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial=trial))

@@ -19,6 +19,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
+from distillm_ext.paths import expand_path
+
 TOKEN_COLUMNS = ("input_ids", "loss_mask", "prompt_length")
 KNOWN_COLUMNS = ("prompt", "completion", "messages", "text", *TOKEN_COLUMNS)
 FILE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -115,6 +117,8 @@ def load_rows(
         subset: configuration name of a hub data set.
         columns: our column name -> the name in the source, for example {"prompt": "instruction"}.
 
+    `~` and environment variables in `source` are replaced.
+
     Returns:
         A `datasets.Dataset`. From JSON only the columns that mean something here are kept.
 
@@ -125,6 +129,7 @@ def load_rows(
     Example:
         >>> rows = load_rows("train.jsonl", split="train[:100]")  # doctest: +SKIP
     """
+    source = expand_path(source, "source")
     path = Path(source)
     suffix = path.suffix.lower()
     if path.is_file():

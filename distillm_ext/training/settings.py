@@ -8,7 +8,8 @@
 The teacher may be a cache of its output that `distillm capture` made (teacher: caches/first), or a model and a cache
 (teacher: {name: models/teacher, cache: caches/first}).
 
-Every message names the key, the file and the line (or the override) it came from.
+Paths may begin with `~` and hold environment variables. Every message names the key, the file and the line (or the
+override) it came from.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import yaml
 
 from distillm_ext.generation.sampling import SamplingParams
+from distillm_ext.paths import expand_path
 from distillm_ext.training.coercion import CoercionError, coerce, field_types
 from distillm_ext.training.settings_tree import (
     Given,
@@ -40,8 +42,9 @@ __all__ = ["DatasetSettings", "RunSettings", "SettingsError", "load_settings", "
 
 TOP_LEVEL = ("student", "teacher", "dataset", "training")
 MODEL_KEYS = ("name", "gguf_file", "revision")
-STUDENT_KEYS = (*MODEL_KEYS, "layers", "keep_layers")
+STUDENT_KEYS = (*MODEL_KEYS, "layers", "keep_layers", "dtype")
 TEACHER_KEYS = (*MODEL_KEYS, "cache")
+_PATHS = ("name", "gguf_file", "cache", "train", "eval")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ class RunSettings:
     dataset: DatasetSettings
     training: dict[str, Any]
     places: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of the run; the configuration expands it for itself."""
+        return Path(expand_path(self.training["output_dir"], "training.output_dir"))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as the YAML file would hold them."""
@@ -111,7 +119,7 @@ def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> RunSetting
         >>> load_settings("run.yaml", ["training.learning_rate=1e-4"]).training["learning_rate"]  # doctest: +SKIP
         0.0001
     """
-    file = Path(path)
+    file = Path(expand_path(path, "settings file"))
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such settings file")
     tree = parse_tree(file.read_text(encoding="utf-8"), str(file))
@@ -165,13 +173,24 @@ def check_keys(tree: Mapping[str, Any], legal: Iterable[str], prefix: str, sourc
 def _model(given: Given | Tree, name: str, legal: Sequence[str], source: str) -> str | dict[str, Any]:
     if isinstance(given, dict):
         check_keys(given, legal, f"{name}.", source)
-        return plain(given)
+        return {key: _path(value, f"{name}.{key}") if key in _PATHS else plain(value) for key, value in given.items()}
     if not isinstance(given.value, str) or not given.value:
         raise SettingsError(
             f"{name}: expected a hub name, a folder, a .gguf file or a mapping of {', '.join(legal)}; "
             f"got {given.value!r} ({given.place})"
         )
-    return given.value
+    return _path(given, name)
+
+
+def _path(given: Given | Tree, key: str) -> Any:
+    """A value with `~` and environment variables replaced where it is text."""
+    value = plain(given)
+    if not isinstance(value, str):
+        return value
+    try:
+        return expand_path(value, key)
+    except ValueError as error:
+        raise SettingsError(f"{error} ({place_of(given)})") from error
 
 
 def _dataset(given: Given | Tree, source: str) -> DatasetSettings:
@@ -179,7 +198,9 @@ def _dataset(given: Given | Tree, source: str) -> DatasetSettings:
     check_keys(tree, [item.name for item in dataclasses.fields(DatasetSettings)], "dataset.", source)
     if "train" not in tree:
         raise SettingsError(f"dataset.train is missing ({place_of(tree) or source}): name a file or a hub data set")
-    return DatasetSettings(**_coerce_all(tree, field_types(DatasetSettings), "dataset."))
+    values = _coerce_all(tree, field_types(DatasetSettings), "dataset.")
+    paths = {key: _path(tree[key], f"dataset.{key}") for key in _PATHS if isinstance(values.get(key), str)}
+    return DatasetSettings(**values | paths)
 
 
 def _training(tree: Tree, source: str) -> dict[str, Any]:

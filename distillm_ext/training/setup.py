@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import nn
 
 from distillm_ext.generation import Engine, LocalEngine, full_weights
-from distillm_ext.teacher import TeacherCache
+from distillm_ext.models.vocabulary import check_token_ids
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.data import prepare_dataset
@@ -29,25 +28,6 @@ from distillm_ext.training.student import StudentForward
 from distillm_ext.training.teacher import ModelTeacher
 
 logger = logging.getLogger(__name__)
-
-
-def check_arguments(model: Any, teacher: Any, args: Any, tokenizer: Any) -> None:
-    """Refuses arguments of the wrong kind before anything is set up.
-
-    Raises:
-        TypeError, ValueError: names the argument of `DistillationTrainer`.
-    """
-    if not isinstance(args, DistillationConfig):
-        raise TypeError(f"args: expected a DistillationConfig, got {type(args).__name__}")
-    if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
-        raise TypeError(
-            f"model: expected a causal language model of transformers, got {type(model).__name__}; load one with "
-            "AutoModelForCausalLM.from_pretrained"
-        )
-    if model is teacher:
-        raise ValueError("teacher: is the same object as model; freezing it would freeze the student. Load it twice")
-    if tokenizer is None:
-        raise TypeError("processing_class: expected the tokenizer that student and teacher share, got None")
 
 
 def check_processes(args: DistillationConfig) -> None:
@@ -117,34 +97,17 @@ def verify_heads(dataset: Any, teacher: ModelTeacher | None, student: StudentFor
         student.reader.verify(probe, "student")
 
 
-def load_plain_text(args: DistillationConfig, dataset: Dataset | None, tokenizer: Any) -> list[np.ndarray] | None:
+def load_plain_text(
+    args: DistillationConfig, dataset: Dataset | None, tokenizer: Any, student: Any
+) -> list[np.ndarray] | None:
     """Token blocks of the plain-text term, from the data set given or the one named in the configuration, or None."""
     if dataset is None and args.lm_dataset is None:
         return None
     source = args.lm_dataset or "lm_dataset"
     rows = load_rows(source) if dataset is None else dataset
-    return pack_text(rows, tokenizer, max_length=args.max_length, source=source)
-
-
-def compared_vocabulary(student: Any, teacher: Any, cache: TeacherCache | None, tokenizer: Any) -> int:
-    """Vocabulary entries that the loss compares: the least of the models', the cache's and the tokenizer's.
-
-    Entries beyond are padding of the embedding (151936 against 152064 in one model family): no text holds them, and
-    where one side lacks them a forward KL would be infinite.
-    """
-    sizes = {
-        "student": student.get_output_embeddings().weight.shape[0],
-    }
-    if teacher is not None:
-        sizes["teacher"] = teacher.get_output_embeddings().weight.shape[0]
-    if cache is not None:
-        sizes["cache"] = cache.spec.vocab_size
-    sizes["tokenizer"] = len(tokenizer)
-    size = min(sizes.values())
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} {count}" for name, count in sizes.items())
-        logger.warning("vocabulary sizes differ (%s): the loss compares the first %d entries", listed, size)
-    return size
+    blocks = pack_text(rows, tokenizer, max_length=args.max_length, source=source)
+    check_token_ids(((block, None) for block in blocks), f"{source} in blocks", tokenizer, models={"student": student})
+    return blocks
 
 
 def make_objectives(args: DistillationConfig, vocab_size: int, tail: str) -> ObjectiveSchedule:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distillm_ext.compression import capture_from_hidden, compress_logits
 from distillm_ext.containers import CompressedLogits, TeacherHead
+from distillm_ext.models.checks import check_causal
 from distillm_ext.teacher.settings import CompressionSettings
 from distillm_ext.training.heads import LogitReader, TokenBatch
 
@@ -37,11 +38,7 @@ class ModelTeacher:
     """
 
     def __init__(self, model: Any, *, device: torch.device, dtype: str = "auto") -> None:
-        if not (isinstance(model, torch.nn.Module) and hasattr(model, "get_output_embeddings")):
-            raise TypeError(
-                f"teacher: expected a causal language model of transformers, got {type(model).__name__}; load one with "
-                "AutoModelForCausalLM.from_pretrained"
-            )
+        check_causal(model, "teacher")
         placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
         if not placed:
             model.to(device=device, dtype=TEACHER_DTYPES[dtype])

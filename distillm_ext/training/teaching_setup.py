@@ -9,7 +9,9 @@ from typing import Any
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from distillm_ext.teacher import TeacherCache
+from distillm_ext.models.vocabulary import tokenizer_size
+from distillm_ext.paths import expand_path
+from distillm_ext.teacher import CacheMismatch, TeacherCache
 from distillm_ext.teacher.keys import sequence_key
 from distillm_ext.teacher.settings import CompressionSettings
 from distillm_ext.training.collators import DistillationCollator
@@ -26,9 +28,19 @@ def split_teacher(teacher: Any, teacher_cache: CacheLike | None) -> tuple[Any, C
     """(model or None, cache or None) of the trainer's two arguments.
 
     Raises:
-        TypeError: neither is given.
+        TypeError: neither is given, or something else than a model and a cache.
         ValueError: two caches.
     """
+    if teacher_cache is not None and not isinstance(teacher_cache, (str, Path, TeacherCache)):
+        raise TypeError(
+            f"teacher_cache: expected the folder of a cache or a TeacherCache, got {type(teacher_cache).__name__}; a "
+            "model is passed as teacher"
+        )
+    if isinstance(teacher, (str, Path)) and not Path(expand_path(teacher, "teacher")).is_dir():
+        raise TypeError(
+            f"teacher: expected a causal language model or the folder of a cache, and {str(teacher)!r} is no folder; "
+            "load a model with AutoModelForCausalLM.from_pretrained, make a cache with distillm capture"
+        )
     if isinstance(teacher, (str, Path, TeacherCache)):
         if teacher_cache is not None:
             raise ValueError(
@@ -49,7 +61,15 @@ def open_cache(cache: CacheLike | None, *, model: ModelTeacher | None, tokenizer
     if cache is None:
         return None
     path = cache.path if isinstance(cache, TeacherCache) else cache
-    return TeacherCache.open(path, teacher=model.model if model is not None else None, tokenizer=tokenizer)
+    opened = TeacherCache.open(path, teacher=model.model if model is not None else None, tokenizer=tokenizer)
+    size = tokenizer_size(tokenizer)
+    # Caches from before `tokenizer_size` was noted had counted tokens in place of ids.
+    if "tokenizer_size" not in opened.spec.details and opened.spec.vocab_size == len(tokenizer) < size:
+        raise CacheMismatch(
+            f"the cache {opened.path} looks at the first {opened.spec.vocab_size} entries of the vocabulary, as many "
+            f"as the tokenizer has tokens; its ids go up to {size - 1}, so the last tokens are missing. Capture again"
+        )
+    return opened
 
 
 def needed_temperatures(args: DistillationConfig) -> tuple[float, ...]:

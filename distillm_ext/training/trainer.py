@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from distillm_ext.generation import Engine
+from distillm_ext.models.vocabulary import compared_vocabulary, padding_id
 from distillm_ext.training import setup, teaching_setup
+from distillm_ext.training.argument_checks import check_arguments, check_tokens
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.heads import Rows, TokenBatch
@@ -31,6 +33,7 @@ from distillm_ext.training.objectives import LossParts, cross_entropy
 from distillm_ext.training.philox import Stream, uniform
 from distillm_ext.training.policies import Decision, Source, StepContext
 from distillm_ext.training.run_state import RunState
+from distillm_ext.training.special_tokens import KeepPadding
 from distillm_ext.training.student import StudentForward
 from distillm_ext.training.teacher import ModelTeacher
 from distillm_ext.training.validation import TokenWeightedEvaluation
@@ -52,7 +55,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         args: a `DistillationConfig`.
         train_dataset: rows with `prompt`/`completion` or `messages`, or token rows of `prepare_dataset`.
         eval_dataset: the same; needed by the policy "adaptive_off_policy".
-        processing_class: the tokenizer, shared by student and teacher.
+        processing_class: the tokenizer, shared by student and teacher; of a processor its tokenizer is taken.
         teacher_cache: a cache beside a teacher model: rows that it holds meet no teacher, all others the model.
         lm_dataset: plain text (`text` or `input_ids`) for the additional language-modelling loss, in place of the file
             that `args.lm_dataset` names.
@@ -101,14 +104,15 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         teacher, teacher_cache = teaching_setup.split_teacher(teacher, teacher_cache)
-        setup.check_arguments(model, teacher, args, processing_class)
+        tokenizer = check_arguments(
+            model, teacher, args, processing_class, generation_engine,
+            {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "lm_dataset": lm_dataset},
+        )  # fmt: skip
         setup.check_processes(args)
-        tokenizer: Any = processing_class
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         super().__init__(
             model=model,
             args=args,
-            data_collator=DistillationCollator(pad if pad is not None else 0),
+            data_collator=DistillationCollator(padding_id(tokenizer, model, teacher)),
             train_dataset=setup.prepare_split(train_dataset, tokenizer, args, "train_dataset"),
             eval_dataset=setup.prepare_eval(eval_dataset, tokenizer, args),
             processing_class=tokenizer,
@@ -118,18 +122,22 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         self.teacher = None if teacher is None else ModelTeacher(teacher, device=args.device, dtype=args.teacher_dtype)
         self.teacher_cache = teaching_setup.open_cache(teacher_cache, model=self.teacher, tokenizer=tokenizer)
         self.student = StudentForward(self.accelerator.unwrap_model(self.model), self.accelerator.autocast)
+        captured = None if self.teacher_cache is None else self.teacher_cache.spec.vocab_size
+        self.vocab_size = compared_vocabulary(tokenizer, student=self.student.model, teacher=teacher, cache=captured)
+        splits = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        check_tokens(splits, tokenizer, self.student.model, teacher, self.vocab_size)
         dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         with self.accelerator.autocast():
             setup.verify_heads(dataset, self.teacher, self.student)
-        self.vocab_size = setup.compared_vocabulary(self.student.model, teacher, self.teacher_cache, tokenizer)
         self.compression = teaching_setup.compression(args, self.teacher_cache, self.vocab_size)
         if self.teacher is None and self.teacher_cache is not None:
             teaching_setup.check_cache_alone(args, self.teacher_cache, self.train_dataset, self.eval_dataset)
         self.tail = teaching_setup.compressed_tail(args, self.compression)
         self.objectives = setup.make_objectives(args, self.vocab_size, self.tail)
-        blocks = setup.load_plain_text(args, lm_dataset, tokenizer)
+        blocks = setup.load_plain_text(args, lm_dataset, tokenizer, self.student.model)
         self.generation_engine = generation_engine
         self.plain_text = setup.make_plain_text(args, blocks, self.data_collator)
+        self.add_callback(KeepPadding(model))
         self.reset_extra_state()
 
     def _set_signature_columns_if_needed(self) -> None:

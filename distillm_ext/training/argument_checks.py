@@ -1,0 +1,104 @@
+"""The arguments of `DistillationTrainer`: of the right class, or refused by name before anything is set up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from distillm_ext.generation import Engine
+from distillm_ext.models.checks import check_apart, check_causal
+from distillm_ext.models.vocabulary import check_dataset_ids
+from distillm_ext.training.config import DistillationConfig
+
+
+def check_arguments(
+    model: Any, teacher: Any, args: Any, processing_class: Any, generation_engine: Any, datasets: Mapping[str, Any]
+) -> Any:
+    """Refuses arguments of the wrong class; `teacher` is None where there is only a cache.
+
+    Returns:
+        The tokenizer of the run.
+
+    Raises:
+        TypeError, ValueError: names the argument of `DistillationTrainer` and the remedy.
+    """
+    if not isinstance(args, DistillationConfig):
+        raise TypeError(
+            f"args: expected a DistillationConfig, which takes every field of TrainingArguments; got {_name(args)}"
+        )
+    check_causal(model, "model")
+    if teacher is not None:
+        check_causal(teacher, "teacher")
+        check_apart(model, teacher)
+    for name, dataset in datasets.items():
+        check_dataset(dataset, name, splits=name == "eval_dataset")
+    if generation_engine is not None and not isinstance(generation_engine, Engine):
+        raise TypeError(
+            f"generation_engine: expected an Engine of distillm_ext.generation or None, got {_name(generation_engine)}"
+        )
+    return text_tokenizer(processing_class)
+
+
+def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run; of a processor, which handles images or sound beside text, its tokenizer is taken.
+
+    Raises:
+        TypeError: neither a tokenizer nor a processor that has one.
+    """
+    found = processing_class
+    if not isinstance(found, PreTrainedTokenizerBase):
+        found = getattr(processing_class, "tokenizer", None)
+    if not isinstance(found, PreTrainedTokenizerBase):
+        got = "the name " + repr(str(processing_class)) if isinstance(processing_class, (str, Path)) else None
+        raise TypeError(
+            "processing_class: expected the tokenizer that student and teacher share, got "
+            f"{got or _name(processing_class)}; load it with AutoTokenizer.from_pretrained"
+        )
+    template = getattr(processing_class, "chat_template", None)
+    if found is not processing_class and template is not None and found.chat_template is None:
+        found = copy.deepcopy(found)  # the caller's tokenizer stays as it is
+        found.chat_template = template
+    return found
+
+
+def check_dataset(dataset: Any, name: str, *, splits: bool = False) -> None:
+    """A `datasets.Dataset` or None, or a dict of them where `splits` may be given.
+
+    Raises:
+        TypeError: names the argument and what to do.
+    """
+    if splits and isinstance(dataset, dict) and not isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        for split, part in dataset.items():
+            check_dataset(part, f"{name}[{split}]")
+        return
+    if dataset is None or isinstance(dataset, Dataset):
+        return
+    if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        remedy = f"choose one of its splits ({', '.join(map(str, dataset))})"
+    elif isinstance(dataset, IterableDataset):
+        remedy = "streams are not supported: rows are counted, shuffled and met again; load it without streaming=True"
+    elif isinstance(dataset, (list, tuple)):
+        remedy = "make one with datasets.Dataset.from_list"
+    elif isinstance(dataset, (str, Path)):
+        remedy = "load it with distillm_ext.training.load_rows"
+    else:
+        remedy = "make one with datasets.Dataset.from_list or from_generator"
+    raise TypeError(f"{name}: expected a datasets.Dataset, got {_name(dataset)}; {remedy}")
+
+
+def check_tokens(splits: Mapping[str, Any], tokenizer: Any, student: Any, teacher: Any, vocab_size: int) -> None:
+    """`check_dataset_ids` of prepared data sets by name; a dict of them is looked at part by part."""
+    models = {"student": student, "teacher": teacher}
+    for name, split in splits.items():
+        parts = {f"{name}[{key}]": part for key, part in split.items()} if isinstance(split, dict) else {name: split}
+        for label, part in parts.items():
+            check_dataset_ids(part, label, tokenizer, models=models, vocab_size=vocab_size)
+
+
+def _name(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
