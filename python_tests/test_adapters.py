@@ -89,6 +89,13 @@ def test_models_of_another_kind_on_disk(world, tmp_path):
         with pytest.raises(ValueError) as error:
             load_teacher(tmp_path / name)
         assert message in str(error.value) and len(str(error.value)) < 300
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/manifest.json").touch()
+    for name, message in ((tmp_path / "cache", "cache of a teacher's output"), (folder / "train.jsonl", "is a file")):
+        with pytest.raises(ValueError, match=message):
+            load_teacher(name)
+    with pytest.raises(TypeError, match="a model is named by a string.*got LlamaForCausalLM"):
+        load_teacher(base)
 
 
 def test_dtypes(world, tmp_path):

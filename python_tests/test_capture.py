@@ -223,7 +223,7 @@ def test_bad_arguments_end_in_one_sentence(world, tmp_path, capsys, arguments, m
         (dict(k=1025), "k: must be at most 1024, got 1025"),
         (dict(method="top"), "method: must be one of topk, sample, got 'top'"),
         (dict(codec="q5"), "codec: must be one of q4, q6, q8, fp16, exact, got 'q5'"),
-        (dict(dtype="int8"), "dtype: must be one of float32, bfloat16, float16, got 'int8'"),
+        (dict(dtype="int8"), "dtype: must be one of auto, float32, bfloat16, float16, got 'int8'"),
         (dict(temperatures=(0.0,)), "temperatures must lie between"),
         (dict(temperatures=()), "temperatures must be 1 to 16"),
         (dict(out=Path(__file__)), "out: expected a folder"),

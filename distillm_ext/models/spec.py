@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distillm_ext.paths import expand_path
+from distillm_ext.teacher.manifest import MANIFEST
 
 # What PEFT writes beside the weights of an adapter.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -30,7 +31,8 @@ class ModelSpec:
         Raises:
             FileNotFoundError: a GGUF file or a folder that is not there.
             TypeError: neither text nor a mapping.
-            ValueError: unknown keys, or a folder with several GGUF files and no configuration.
+            ValueError: unknown keys, a file or folder that holds no model, or one with several GGUF files and no
+                configuration.
         """
         if isinstance(spec, ModelSpec):
             return spec
@@ -60,6 +62,10 @@ class ModelSpec:
                     "{name: owner/model, gguf_file: file.gguf}"
                 )
             return cls(str(path.parent), path.name)
+        if path.is_file():
+            raise ValueError(f"{text!r} is a file; a model is a folder, a .gguf file or a hub name")
+        if (path / MANIFEST).is_file() and not (path / "config.json").is_file():
+            raise ValueError(f"{text!r} is a cache of a teacher's output, not a model; name the model's folder")
         if (path / ADAPTER_CONFIG).is_file():
             return cls(text)
         if path.is_dir() and not (path / "config.json").is_file():
