@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 _VARIABLE = re.compile(r"\$(?:\{(?P<braced>[^}]*)\}|(?P<plain>[A-Za-z_][A-Za-z0-9_]*))")
 
 
-def expand_path(path: str | Path, name: str) -> str:
+def expand_path(path: str | os.PathLike[str], name: str) -> str:
     """A path with `~`, `~user` and environment variables replaced, once.
 
     A path that exists as it is written stays as it is, so a file whose name holds a dollar sign can be named. What a

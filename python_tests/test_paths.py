@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import pytest
 from cli_world import run, settings_text, write_world
@@ -58,8 +58,7 @@ def test_readers_look_in_the_home_folder(home, call):
 
 
 def test_configuration_expands_its_folders(home):
-    (home / "deepspeed.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto"}))
-    args = DistillationConfig(output_dir="$WORK/out", lm_dataset="~/text.jsonl", use_cpu=True)
+    args = DistillationConfig(output_dir="$WORK/out", lm_dataset=Path("~/text.jsonl"), use_cpu=True)
     assert args.output_dir == f"{home}/out" and args.lm_dataset == f"{home}/text.jsonl"
     with pytest.raises(ValueError, match="output_dir: the environment variable 'NOWHERE'"):
         DistillationConfig(output_dir="$NOWHERE/out", use_cpu=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,7 +111,7 @@ class DistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name in _PATH_FIELDS:
             value = getattr(self, name, None)
-            if isinstance(value, str) and not value.lstrip().startswith("{"):  # not JSON
+            if isinstance(value, (str, os.PathLike)) and not str(value).lstrip().startswith("{"):  # not JSON
                 setattr(self, name, expand_path(value, name))
         super().__post_init__()
         self._check_choices()
