@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.05
 _DRAIN_SECONDS = 1.0
 _REAP_SECONDS = 5.0
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)

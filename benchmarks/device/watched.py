@@ -1,7 +1,7 @@
 """What a tool watches: every operator on small inputs, or one of them a few times. Not a stage.
 
-    python -m device.watched every SECONDS              # for compute-sanitizer
-    python -m device.watched skew_kl 2048 128256        # for ncu
+python -m device.watched every SECONDS              # for compute-sanitizer
+python -m device.watched skew_kl 2048 128256        # for ncu
 """
 
 from __future__ import annotations

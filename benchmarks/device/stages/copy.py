@@ -33,4 +33,6 @@ def product(check: Check) -> dict[str, Any]:
 
 
 def run(check: Check) -> None:
-    check.cases([("copy", clipped(partial(copied, check), check)), ("product", clipped(partial(product, check), check))])
+    check.cases(
+        [("copy", clipped(partial(copied, check), check)), ("product", clipped(partial(product, check), check))]
+    )

@@ -109,7 +109,7 @@ def cases(check: Check) -> Iterator[Case]:
 
 
 def run(check: Check) -> None:
-    """Launches that wait for each other name the kernel that failed, but would hide what streams and graphs do wrong."""
+    """Launches that wait for each other name the kernel that failed, but hide what streams and graphs do wrong."""
     check.cases((f"graph, first {first}", partial(graph, check, first)) for first in (True, False))
     check.cases([("side stream", partial(side_stream, check))])
     if check.cuda and "CUDA_LAUNCH_BLOCKING" not in os.environ:

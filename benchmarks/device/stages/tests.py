@@ -18,7 +18,7 @@ from ..stage import Check, Skipped
 WORKERS = 6
 GPU_TESTS = ["-m", "gpu", "python_tests/gpu"]
 # What a machine without a GPU runs in their place: anything small, through the same options and the same plugin.
-TOY_TESTS = ["python_tests/test_divergence_options.py"]
+TOY_TESTS = ["python_tests/test_divergence_options.py::test_ignored_rows_are_not_read"]
 
 
 def _has(module: str) -> bool:
@@ -42,7 +42,9 @@ def options(check: Check) -> list[str]:
         found += ["--timeout", "90", "--timeout-method", "thread"]
     missing = [name for name in ("xdist", "pytest_timeout") if not _has(name)]
     if missing:
-        print(f"without {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed", flush=True)
+        print(
+            f"without {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed", flush=True
+        )
     return found
 
 

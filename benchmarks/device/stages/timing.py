@@ -58,9 +58,7 @@ def alone(check: Check, rows: int, vocab: int, dtype: str) -> dict[str, Any]:
     def loss(student: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(student, labels).sum()
 
-    calls = [
-        with_gradient(loss, student, labels_of(student)) for student, _ in pairs(check, rows, vocab, dtype)
-    ]
+    calls = [with_gradient(loss, student, labels_of(student)) for student, _ in pairs(check, rows, vocab, dtype)]
     return figures(check, clock.milliseconds(calls, check.device), 2 * rows * vocab * DTYPES[dtype].itemsize)
 
 
