@@ -8,14 +8,17 @@ Needs no network, no installation and no make: Python with torch, and nvcc where
 result is on the disk the moment it is there, so a run that is cut loses nothing. docs/device_check.md says what each
 stage tells and what to look at first.
 
-Exit status: 0 all passed, 1 something failed, 2 no GPU or no CUDA kernels, 3 stages left undone (or wrong usage: 64).
+Exit status: 0 all passed, 1 something failed, 2 no GPU or no CUDA kernels, 3 stages left undone; 64 wrong usage.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
+import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # nothing is installed on 
 
 from device.book import Book, sources_key  # noqa: E402
 from device.plan import STAGES  # noqa: E402
-from device.runner import Runner  # noqa: E402
+from device.runner import EXIT_NO_DEVICE, Runner  # noqa: E402
 
 EXIT_USAGE = 64
 
@@ -61,10 +64,28 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def device_kind(device: str) -> str:
+    """The card's name too: figures of two cards do not belong in one table."""
+    query = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    if device != "cuda" or shutil.which(query[0]) is None:
+        return device
+    try:
+        return f"{device} {subprocess.run(query, capture_output=True, text=True, timeout=10, check=False).stdout}"
+    except subprocess.TimeoutExpired:
+        return device
+
+
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     chosen = [stage for stage in STAGES if stage.always or options.stages is None or stage.name in options.stages]
-    book = Book(options.out, sources_key(ROOT, options.device), options.state)
+    try:
+        book = Book(options.out, sources_key(ROOT, device_kind(options.device)), options.state)
+    except PackageNotFoundError:
+        print(f"no torch for {sys.executable}: start this with the Python that has it", file=sys.stderr)
+        return EXIT_NO_DEVICE
+    except OSError as error:
+        print(f"--out {options.out} cannot be written: {error.strerror}", file=sys.stderr)
+        return EXIT_USAGE
     book.log.line(book.news)
     return Runner(chosen, book, options.limit, options.device).run()
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -253,6 +254,40 @@ def test_a_stage_stops_by_itself_before_it_would_be_killed(tmp_path, monkeypatch
     runner = runners.Runner([], books.Book(tmp_path / "out", "key"), LONG, "cpu")
     told = runner.environment(ending("stage"), limit=LONG)
     assert float(told["DEVICE_CHECK_DEADLINE"]) < time.monotonic() + LONG - 1
+
+
+def test_a_case_that_runs_into_the_deadline_is_left_out(tmp_path):
+    def slow():
+        try:
+            time.sleep(LONG)
+        except Exception:
+            return {"ms": 1.0}
+
+    given = stages_.Check("stage", tmp_path, "cpu", deadline=time.monotonic() + 0.1, run="1")
+    given.cases([("slow", slow), ("next", dict)])
+    assert cases(tmp_path) == [] and given.left_out == 2 and given.status() == PARTLY
+
+
+def test_a_case_that_spoils_the_context_costs_no_other(tmp_path, monkeypatch):
+    """The stage begins anew as the same process, without the cases it has tried; the failure is not forgotten."""
+
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    class Anew(BaseException):
+        pass
+
+    def begin(*_):
+        raise Anew
+
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(synchronize=lost)))
+    monkeypatch.setattr(stages_.os, "execv", begin)
+    tried = [("good", dict), ("bad", lost), ("next", dict)]
+    with pytest.raises(Anew):
+        stages_.Check("stage", tmp_path, "cuda", deadline=time.monotonic() + LONG, run="1").cases(tried)
+    again = stages_.Check("stage", tmp_path, "cuda", deadline=time.monotonic() + LONG, run="1")
+    again.cases(tried)
+    assert cases(tmp_path) == ["good", "bad", "next"] and again.status() == FAILED
 
 
 def test_at_most_eight_files_come_back_and_the_log_is_bounded(tmp_path, monkeypatch):

@@ -54,10 +54,9 @@ def clipped(function: Callable[[], dict[str, Any]], check: Check) -> Callable[[]
     """The case, with the memory it took given back afterwards."""
 
     def measured() -> dict[str, Any]:
-        try:
-            return function()
-        finally:
-            if check.cuda:
-                torch.cuda.empty_cache()
+        found = function()
+        if check.cuda:
+            torch.cuda.empty_cache()
+        return found
 
     return measured

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ class Runner:
     device: str
     reserve: float = RESERVE_SECONDS
     begun: float = field(default_factory=time.monotonic)
+    call: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
     signals: list[int] = field(default_factory=list)
     saved: float = 0.0
 
@@ -115,7 +117,7 @@ class Runner:
             "DEVICE_CHECK_OUT": str(self.book.out.resolve()),
             "DEVICE_CHECK_DEVICE": self.device,
             "DEVICE_CHECK_DEADLINE": str(time.monotonic() + limit - min(3.0, limit / 10)),
-            "DEVICE_CHECK_RUN": f"{os.getpid()}-{self.begun:.0f}",
+            "DEVICE_CHECK_RUN": self.call,
         }
 
     def _tick(self) -> None:

@@ -7,10 +7,12 @@ are a list of cases, each tried by itself: `Check.cases`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +26,10 @@ Case = tuple[str, Callable[[], dict[str, Any] | None]]
 
 class Skipped(Exception):
     """Something that a case or a stage needs is not here; the message says what."""
+
+
+class TimeIsUp(BaseException):
+    """Raised into a case that is still running at the deadline; no handler of the case's own may take it."""
 
 
 class NoDevice(Exception):
@@ -100,24 +106,48 @@ class Check:
             if name in finished:
                 continue
             if self.left() <= self.slowest:
-                self.left_out += 1
-                print(f"left out: {name}", flush=True)
+                self._leave_out(name)
                 continue
             begun = time.monotonic()
             self._try(name, measure)
             self.slowest = max(self.slowest, time.monotonic() - begun)
 
+    def _leave_out(self, name: str) -> None:
+        self.left_out += 1
+        print(f"left out: {name}", flush=True)
+
     def _try(self, name: str, measure: Callable[[], dict[str, Any] | None]) -> None:
         try:
-            values = measure() or {}
+            with self._until_the_deadline():
+                values = measure() or {}
             ok = values.pop("ok", True)
             self.record(name, ok=ok, **values)
         except Skipped as reason:
             self.record(name, skipped=str(reason))
+        except TimeIsUp:
+            self._leave_out(name)
         except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                self.record(name, skipped=f"needs more memory: {str(error)[:200]}")
+                return
             traceback.print_exc()
             self.record(name, ok=False, error=f"{type(error).__name__}: {str(error)[:500]}")
             self._go_on_in_a_new_context()
+
+    @contextmanager
+    def _until_the_deadline(self) -> Iterator[None]:
+        """Raises `TimeIsUp` inside at the deadline, unless what runs then does not come back to Python."""
+
+        def end(*_: Any) -> None:
+            raise TimeIsUp
+
+        before = signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, max(self.left(), 1e-3))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def _go_on_in_a_new_context(self) -> None:
         """After some errors every further call of the process fails: then this process begins again after the case."""

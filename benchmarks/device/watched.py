@@ -21,12 +21,12 @@ from .stage import Check
 VOCABULARIES = (1001, 4099, 50257)
 ROWS = 3
 CALLS = 4
+LIMIT_SECONDS = 30
 
 
 def every(check: Check, seconds: float) -> None:
     """As many operators as the time allows, small vocabularies first; says how many."""
     begun = time.monotonic()
-    faulthandler.dump_traceback_later(seconds + 5, exit=True)  # a tool that is ended leaves its program running
     cases = [(v, d, name) for v in VOCABULARIES for d in DTYPES for name in OPERATORS]
     done = 0
     for vocab, dtype, name in cases:
@@ -53,6 +53,7 @@ def one(check: Check, name: str, rows: int, vocab: int) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(LIMIT_SECONDS, exit=True)  # a tool that is ended leaves its program running
     if sys.argv[1] == "every":
         every(Check.from_environment(), float(sys.argv[2]))
     else:

@@ -33,7 +33,7 @@ def profiled(check: Check, name: str, rows: int, vocab: int, kernel: str) -> dic
     command = [tools.find("ncu"), "--clock-control", "none", "--kernel-name", f"regex:{kernel}"]
     command += ["--launch-skip", "2", "--launch-count", "1", "--csv"]
     command += [part for section in SECTIONS for part in ("--section", section)]
-    status, text = tools.run([*command, *tools.watched(name, rows, vocab)], min(SECONDS, check.left()))
+    status, text = tools.run([*command, *tools.watched(name, rows, vocab)], min(SECONDS, check.left() - 1))
     tools.keep(log, f"{name} bfloat16 {rows} x {vocab}, exit status {status}", text)
     found = _rows(text)
     if not found:
