@@ -3,77 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-from device import book as books  # noqa: E402
-from device import process as processes  # noqa: E402
-from device import runner as runners  # noqa: E402
-from device import stage as stages_  # noqa: E402
-from device.plan import FAILED, NO_DEVICE, PARTLY, PASSED, SKIPPED, STAGES, Stage  # noqa: E402
-from device.stages import env  # noqa: E402
-
-LONG = 60.0
-
-
-def python(name: str, source: str, limit: float = LONG, always: bool = False) -> Stage:
-    return Stage(name, limit, (sys.executable, "-c", source), always)
-
-
-def ending(name: str, status: int = 0, **options: bool) -> Stage:
-    return python(name, f"raise SystemExit({status})", **options)
-
-
-def measuring(name: str, case: str, then: str = "") -> Stage:
-    """Records one result as a stage does, leaves a mark that it ran, then does something else."""
-    source = f"from device.stage import Check\nCheck.from_environment().record({case!r}, ms=1.5)\n{then}"
-    return python(name, source)
-
-
-def check(out: Path, *stages: Stage, limit: float = LONG, state: Path | None = None, key: str = "key") -> int:
-    return runners.Runner(stages, books.Book(out, key, state), limit, "cpu", reserve=0.0).run()
-
-
-def statuses(out: Path) -> dict[str, str]:
-    return {name: stage["status"] for name, stage in json.loads((out / "state.json").read_text())["stages"].items()}
-
-
-def cases(out: Path) -> list[str]:
-    return [result["case"] for result in books.read(out / "results.jsonl")]
-
-
-class Clock:
-    """The time, which makes a leap once something has happened: no test waits for a limit."""
-
-    def __init__(self, happened: Callable[[], bool], leap: float) -> None:
-        self.happened, self.leap = happened, leap
-        self.sleep = time.sleep
-
-    def monotonic(self) -> float:
-        return time.monotonic() + (self.leap if self.happened() else 0.0)
-
-    def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (processes, runners):
-            monkeypatch.setattr(module, "time", self)
-
-
-def gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"  # ended, nobody waits for it
+from device.plan import FAILED, NO_DEVICE, PARTLY, SKIPPED, Stage
+from device_check_world import LONG, ROOT, Clock, books, cases, check, ending, gone, measuring, python, statuses
 
 
 def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
@@ -207,7 +144,7 @@ def test_sigterm_writes_everything_and_ends_the_stage(tmp_path):
     then = f"import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep({LONG})"
     source = (
         f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'benchmarks'), str(ROOT / 'python_tests')]!r}\n"
-        "from pathlib import Path\nimport test_device_check as t\n"
+        "from pathlib import Path\nimport device_check_world as t\n"
         f"sys.exit(t.check(Path({str(tmp_path / 'out')!r}), t.measuring('running', 'a', {then!r}), t.ending('rest')))"
     )
     process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE)
@@ -221,101 +158,9 @@ def test_sigterm_writes_everything_and_ends_the_stage(tmp_path):
     assert statuses(tmp_path / "out") == {"running": "cut"}
 
 
-def test_cases_are_tried_by_themselves_and_once(tmp_path):
-    """One that raises is noted and the next tried; what went well in an earlier call is not measured again."""
-    cases_of = (
-        "from device.stage import Check, Skipped\n"
-        "def good(): return {'ms': 1.0}\n"
-        "def wrong(): return {'ok': False}\n"
-        "def bad(): raise ValueError('no')\n"
-        "def absent(): raise Skipped('no liger')\n"
-        "check = Check.from_environment()\n"
-        "check.cases([('good', good), ('wrong', wrong), ('bad', bad), ('absent', absent), ('last', good)])\n"
-        "raise SystemExit(check.status())"
-    )
-    assert check(tmp_path, python("stage", cases_of)) == 1
-    assert cases(tmp_path) == ["good", "wrong", "bad", "absent", "last"]
-    assert check(tmp_path, python("stage", cases_of), state=tmp_path / "state.json") == 1
-    assert cases(tmp_path)[5:] == ["wrong", "bad"]
-
-
-def test_a_stage_stops_by_itself_before_it_would_be_killed(tmp_path, monkeypatch):
-    """A case that would take as long as the slowest before it, and longer than there is time, is left out."""
-    clock = Clock(lambda: True, 0.0)
-    clock.monotonic = lambda: clock.leap
-    monkeypatch.setattr(stages_, "time", clock)
-
-    def ten_seconds():
-        clock.leap += 10
-
-    given = stages_.Check("stage", tmp_path, "cpu", deadline=35.0, run="1")
-    given.cases((str(i), ten_seconds) for i in range(6))
-    assert cases(tmp_path) == ["0", "1", "2"] and given.left_out == 3 and given.status() == PARTLY
-    runner = runners.Runner([], books.Book(tmp_path / "out", "key"), LONG, "cpu")
-    told = runner.environment(ending("stage"), limit=LONG)
-    assert float(told["DEVICE_CHECK_DEADLINE"]) < time.monotonic() + LONG - 1
-
-
-def test_a_case_that_runs_into_the_deadline_is_left_out(tmp_path):
-    def slow():
-        try:
-            time.sleep(LONG)
-        except Exception:
-            return {"ms": 1.0}
-
-    given = stages_.Check("stage", tmp_path, "cpu", deadline=time.monotonic() + 0.1, run="1")
-    given.cases([("slow", slow), ("next", dict)])
-    assert cases(tmp_path) == [] and given.left_out == 2 and given.status() == PARTLY
-
-
-def test_a_case_that_spoils_the_context_costs_no_other(tmp_path, monkeypatch):
-    """The stage begins anew as the same process, without the cases it has tried; the failure is not forgotten."""
-
-    def lost(*_):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    class Anew(BaseException):
-        pass
-
-    def begin(*_):
-        raise Anew
-
-    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(synchronize=lost)))
-    monkeypatch.setattr(stages_.os, "execv", begin)
-    tried = [("good", dict), ("bad", lost), ("next", dict)]
-    with pytest.raises(Anew):
-        stages_.Check("stage", tmp_path, "cuda", deadline=time.monotonic() + LONG, run="1").cases(tried)
-    again = stages_.Check("stage", tmp_path, "cuda", deadline=time.monotonic() + LONG, run="1")
-    again.cases(tried)
-    assert cases(tmp_path) == ["good", "bad", "next"] and again.status() == FAILED
-
-
 def test_at_most_eight_files_come_back_and_the_log_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(books, "MAX_LOG_BYTES", 1000)
     (tmp_path / "junit.xml").write_text("of an earlier check")
     check(tmp_path, python("loud", "print('x' * 5000)"))
     assert {path.name for path in tmp_path.iterdir()} <= set(books.FILES) - {"junit.xml"} and len(books.FILES) == 8
     assert (tmp_path / "log.txt").stat().st_size == 1000
-
-
-def test_the_command(tmp_path):
-    """Wrong usage is not "no GPU"; the stages are those of the documentation."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "device_check.py"), "--out", str(tmp_path)]
-    wrong = subprocess.run([*command, "--stages", "smok"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 64 and "smoke" in wrong.stderr
-    text = (ROOT / "docs" / "device_check.md").read_text()
-    assert all(f"| `{stage.name}` |" in text for stage in STAGES)
-
-
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_machine_without_a_gpu(tmp_path, monkeypatch, device):
-    """Ends the check of a device, not its rehearsal; what the machine is stands in env.json either way."""
-    monkeypatch.setattr(env, "_card", lambda: {"torch": "2.0"})
-    given = stages_.Check("env", tmp_path, device, deadline=time.monotonic() + LONG, run="1")
-    if device == "cuda":
-        with pytest.raises(stages_.NoDevice, match="is_available"):
-            env.run(given)
-    else:
-        env.run(given)
-        assert given.status() == PASSED
-    assert json.loads((tmp_path / "env.json").read_text())["torch"] == "2.0"

@@ -44,7 +44,17 @@ def _loaded() -> dict[str, Any]:
     return json.loads(lines[-1][6:]) if lines else {"error": done.stderr.strip()[-1000:]}
 
 
-def _problem(facts: dict[str, Any], cuda: bool) -> str:
+def fits(compiled: str, card: str) -> bool:
+    """Whether code for one architecture ("9.0", "9.0a", "12.0+PTX") runs on a card: PTX on any later one, machine code
+    within a generation."""
+    major, minor = map(int, compiled.removesuffix("+PTX").rstrip("af").split("."))
+    wanted = tuple(map(int, card.split(".")))
+    if compiled.endswith("+PTX"):
+        return (major, minor) <= wanted
+    return major == wanted[0] and minor <= wanted[1]
+
+
+def problem_of(facts: dict[str, Any], cuda: bool) -> str:
     """Why the operators cannot be used as they are, or nothing."""
     if "error" in facts:
         return str(facts["error"])
@@ -53,7 +63,7 @@ def _problem(facts: dict[str, Any], cuda: bool) -> str:
     if not facts["cuda_loaded"]:
         return str(facts["cuda_reason"])
     compiled, wanted = facts["cuda_archs"].split(), facts["capability"]
-    if wanted in compiled or any(arch.endswith("+PTX") for arch in compiled):
+    if any(fits(arch, wanted) for arch in compiled):
         return ""
     return f"the CUDA kernels are compiled for {', '.join(compiled)}, not for this card ({wanted})"
 
@@ -110,12 +120,12 @@ def _capability() -> str:
 
 def run(check: Check) -> None:
     facts = _loaded()
-    problem = _problem(facts, check.cuda) or ("built of other sources" if _stale() else "")
+    problem = problem_of(facts, check.cuda) or ("built of other sources" if _stale() else "")
     if problem:
         print(f"building: {problem}", flush=True)
         _build(check.cuda, _capability())
         facts = _loaded()
-        problem = _problem(facts, check.cuda)
+        problem = problem_of(facts, check.cuda)
     if not problem and facts["codec"]:
         print(f"building _codec: {facts['codec']}", flush=True)
         _build_codec()

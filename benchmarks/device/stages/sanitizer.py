@@ -15,7 +15,7 @@ CASE_SECONDS, STARTUP_SECONDS = 14, 16
 _FOUND = 99
 _OURS = "kns=distillm"  # part of the mangled name of every kernel: its namespace
 _SUMMARY = re.compile(r"=+ (?:ERROR|RACECHECK) SUMMARY: .*")
-_REFUSED = re.compile(r"Device not supported|not supported on this|Unable to find injection|LibraryNotLoaded")
+_REFUSED = re.compile(r"Device not supported|Unable to find injection|LibraryNotLoaded")
 
 
 def checked(check: Check, tool: str) -> dict[str, Any]:
