@@ -151,3 +151,46 @@ def test_a_machine_without_a_gpu(tmp_path, monkeypatch, device):
         env.run(given)
         assert given.status() == PASSED
     assert json.loads((tmp_path / "env.json").read_text())["torch"] == "2.0"
+
+
+def test_a_time_is_the_median_of_calls_in_turns(monkeypatch):
+    """Three that do not count, then twenty, one set of inputs after the other; as many sets as the cache asks for."""
+    from device import clock
+
+    now, called = SimpleNamespace(seconds=0.0), []
+
+    def call(i):
+        called.append(i)
+        now.seconds += 9.0 if len(called) <= clock.WARM_UPS else 0.001 * (1 + i)
+
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    ms, how = clock.milliseconds([lambda i=i: call(i) for i in range(3)], "cpu")
+    assert called == [0, 1, 2] + [i % 3 for i in range(20)] and how == "host clock"
+    assert ms == pytest.approx(2.0)
+    card = SimpleNamespace(L2_cache_size=100 * 10**6)
+    monkeypatch.setattr(clock.torch.cuda, "get_device_properties", lambda _: card)
+    assert [clock.input_sets(size, "cuda") for size in (10**6, 3 * 10**8, 10**9)] == [400, 2, 1]
+
+
+def test_tests_are_noted_one_by_one_and_taken_up(tmp_path):
+    """pytest stops in order when its time is up, with its report written; the next call runs what has not passed."""
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_first(): pass\n"
+        "def test_second(): assert 1 + 1 == 3\n"
+        "@pytest.mark.skip(reason='too small')\n"
+        "def test_third(): pass\n"
+    )
+    runner = runners.Runner([], books.Book(tmp_path / "out", "key"), LONG, "cpu")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "device.pytest_results", "--junitxml=junit.xml"]
+    statuses = []
+    for call, limit in (("one", -1.0), ("two", LONG)):
+        told = runner.environment(ending("tests"), limit)
+        told |= {"DEVICE_CHECK_RUN": call, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        statuses.append(subprocess.run(command, cwd=tmp_path, env=told, capture_output=True, check=False).returncode)
+        assert "test_first" in (tmp_path / "junit.xml").read_text() or call == "two"
+    assert statuses == [2, 1]
+    results = [(r["run"], r["case"].split("::")[1], r["ok"]) for r in books.read(tmp_path / "out" / "results.jsonl")]
+    assert results == [("one", "test_first", True), ("two", "test_second", False), ("two", "test_third", True)]
+    last = list(books.read(tmp_path / "out" / "results.jsonl"))
+    assert "1 + 1" in last[1]["error"] and "too small" in last[2]["skipped"]
