@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from device import stage as stages_
-from device.plan import FAILED, PARTLY, PASSED, STAGES
+from device.plan import FAILED, PARTLY, PASSED, SKIPPED, STAGES
 from device.stages import env, libs, ncu, sanitizer
 from device_check_world import LONG, ROOT, Clock, books, cases, check, ending, python, runners
 
@@ -30,7 +30,18 @@ def test_cases_are_tried_by_themselves_and_once(tmp_path):
     assert check(tmp_path, python("stage", cases_of)) == 1
     assert cases(tmp_path) == ["good", "wrong", "bad", "absent", "last"]
     assert check(tmp_path, python("stage", cases_of), state=tmp_path / "state.json") == 1
-    assert cases(tmp_path)[5:] == ["wrong", "bad"]
+    assert cases(tmp_path)[5:] == ["wrong", "bad", "absent"]
+
+
+def test_a_stage_all_of_whose_cases_lack_something_is_skipped(tmp_path):
+    def absent():
+        raise stages_.Skipped("no counters")
+
+    given = stages_.Check("stage", tmp_path, "cpu", deadline=time.monotonic() + LONG, run="1")
+    given.cases([("one", absent), ("two", absent)])
+    assert given.status() == SKIPPED
+    given.cases([("three", dict)])
+    assert given.status() == PASSED
 
 
 def test_a_stage_stops_by_itself_before_it_would_be_killed(tmp_path, monkeypatch):

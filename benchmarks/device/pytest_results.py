@@ -46,8 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what an earlier call has seen pass: not this one, for a worker that is replaced must collect alike."""
-    check = Check.from_environment()
-    done = {r["case"] for r in check.results() if r.get("ok") and r.get("run") != check.run}
+    done = Check.from_environment().passed_before()
     left = [item for item in items if item.nodeid not in done]
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
     items[:] = left

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import book
-from .plan import FAILED, PARTLY, PASSED
+from .plan import FAILED, PARTLY, PASSED, SKIPPED
 
 # A case: what to call it, and what measures it; its values become one line of results.jsonl.
 Case = tuple[str, Callable[[], dict[str, Any] | None]]
@@ -89,7 +89,11 @@ class Check:
 
     def finished(self) -> set[str]:
         """Cases that need no other try: those that went well at any time, and all that this call has tried."""
-        return {r["case"] for r in self.results() if r.get("ok") or r.get("run") == self.run}
+        return self.passed_before() | {r["case"] for r in self.results() if r.get("run") == self.run}
+
+    def passed_before(self) -> set[str]:
+        """Cases that went well in an earlier call; what was missing then may be there now."""
+        return {r["case"] for r in self.results() if r["ok"] and "skipped" not in r and r.get("run") != self.run}
 
     def failures(self) -> int:
         """Cases of this call that failed, those of a process before this one included."""
@@ -168,4 +172,8 @@ class Check:
         os.execv(sys.executable, [sys.executable, "-m", "device", self.stage])
 
     def status(self) -> int:
-        return FAILED if self.failed else PARTLY if self.left_out else PASSED
+        """How the stage ends."""
+        if self.failed or self.left_out:
+            return FAILED if self.failed else PARTLY
+        tried = [r for r in self.results() if r.get("run") == self.run]
+        return SKIPPED if tried and all("skipped" in r for r in tried) and not self.passed_before() else PASSED
