@@ -47,7 +47,7 @@ benchmark: $(VENV)/.built
 	$(BIN)/python benchmarks/bench_divergence.py
 
 gpu-check: $(VENV)/.built
-	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/device_check.py --out build/device --limit 900
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,8 @@
 """Builds the extension: `_C` (schemas, CPU operators) and `_codec` (NumPy codec) always, `_C_cuda` where CUDA is found.
 
 Environment: DISTILLM_CUDA = auto | 0 | 1 (auto: build the CUDA kernels when nvcc and a CUDA build of torch are there),
-TORCH_CUDA_ARCH_LIST (default below), CXX, CUDA_HOME, MAX_JOBS.
+TORCH_CUDA_ARCH_LIST (default below), DISTILLM_LINEINFO = 1 (source lines of the CUDA kernels for profilers), CXX,
+CUDA_HOME, MAX_JOBS.
 """
 
 import os
@@ -22,6 +23,8 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"
 VECTORISE = ["-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno", "-fno-unswitch-loops"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", *VECTORISE, "-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden", "-DUSE_CUDA"]
+if os.environ.get("DISTILLM_LINEINFO") == "1":  # source lines in profilers and sanitizers; the code is the same
+    NVCC_FLAGS.append("-lineinfo")
 
 
 def fail(sentence: str) -> None:

@@ -18,7 +18,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from harness import environment, publish, timed
+from device import clock
+from harness import environment, publish
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -93,7 +94,7 @@ def measure(model: Any, spread: str, name: str, options: argparse.Namespace) -> 
     for _ in range(options.rounds):
         for key, candidate in candidates.items():
             run = partial(candidate, model, ids, mask, limits, SAMPLINGS[name])
-            samples[key].append(timed(lambda key=key, run=run: made.update({key: run()}), "cpu"))
+            samples[key].append(clock.seconds(lambda key=key, run=run: made.update({key: run()}), "cpu"))
     seconds = {key: statistics.median(values) for key, values in samples.items()}
     tokens = int(limits.sum())
     row = {

@@ -7,12 +7,12 @@ import csv
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from device import clock
 from rich.console import Console
 from rich.table import Table
 
@@ -22,19 +22,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 Row = dict[str, Any]
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(function: Callable[[], Any], device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def medians(candidates: dict[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, float]:
     """Median seconds of each candidate, measured in turns, so that a disturbance of the machine hits all of them."""
     for function in candidates.values():
@@ -42,7 +29,7 @@ def medians(candidates: dict[str, Callable[[], Any]], rounds: int, device: str =
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, function in candidates.items():
-            samples[name].append(timed(function, device))
+            samples[name].append(clock.seconds(function, device))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
