@@ -186,6 +186,12 @@ class DistillationConfig(TrainingArguments):
         for name, reason in unsupported.items():
             if getattr(self, name):
                 raise ValueError(f"{name}: not supported ({reason}); got {getattr(self, name)!r}")
+        accelerate: Any = self.accelerator_config
+        if accelerate.dispatch_batches:
+            raise ValueError(
+                "accelerator_config.dispatch_batches: not supported (it cuts every tensor of a batch by rows, and the "
+                "positions of the loss are not rows); leave it out"
+            )
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices: must stay True; the loss is divided by the global count")
 
