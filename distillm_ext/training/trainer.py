@@ -30,6 +30,7 @@ from distillm_ext.training.heads import Rows, TokenBatch
 from distillm_ext.training.objectives import LossParts, cross_entropy
 from distillm_ext.training.philox import Stream, uniform
 from distillm_ext.training.policies import Decision, Source, StepContext
+from distillm_ext.training.router_loss import ModelLoss, mean_term
 from distillm_ext.training.run_state import RunState
 from distillm_ext.training.student import StudentForward
 from distillm_ext.training.teacher import ModelTeacher
@@ -160,6 +161,8 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         counts = torch.tensor(targets, device=device)
         counts = self.accelerator.reduce(counts, reduction="sum").clamp(min=1)
         self._meters.start_step(decision.source.value, sum(batch["num_tokens"] for batch in (*batches, *texts)))
+        for batch in batches:
+            batch["micro_batches"] = len(batches)
         for batch, text in zip(batches, texts, strict=False):
             batch |= {"plain_text": text, "plain_text_items": counts[1]}
         return batches, counts[0]
@@ -208,7 +211,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         if objective.needs_teacher:
             with clock.section("teacher"):
                 teacher = self.teaching.targets(inputs)
-        found = LossParts(torch.zeros(()))
+        found, own = LossParts(torch.zeros(())), list[ModelLoss]()
 
         def consume(rows: list[Rows]) -> Tensor:
             nonlocal found
@@ -217,11 +220,13 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
                 found = objective(rows[0], teacher, inputs["targets"], num_items=count, ground_truth=truth)
                 if text is not None:
                     found = self._with_plain_text(found, rows[1], text["targets"], inputs["plain_text_items"])
+                if own:
+                    found = found.plus(mean_term(own, inputs.get("micro_batches", 1), self.accelerator.num_processes))
                 # DDP and FSDP average gradients over processes, and the count is over all of them.
                 return found.total * self.accelerator.num_processes
 
         batches = [batch] if text is None else [batch, TokenBatch.from_inputs(text)]
-        loss = self.student(model, batches, consume, fused=True)
+        loss = self.student(model, batches, consume, fused=True, model_losses=own)
         parts = {name: part * self.accelerator.num_processes for name, part in found.parts.items()}
         self._meters.add_losses(step, {**parts, "total": found.total.detach() * self.accelerator.num_processes})
         return (loss, parts) if return_outputs else loss
