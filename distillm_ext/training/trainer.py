@@ -27,6 +27,7 @@ from distillm_ext.training import setup, teaching_setup
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.heads import Rows, TokenBatch
+from distillm_ext.training.nan_policy import StepRecord
 from distillm_ext.training.objectives import LossParts, cross_entropy
 from distillm_ext.training.philox import Stream, uniform
 from distillm_ext.training.policies import Decision, Source, StepContext
@@ -61,7 +62,9 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
             the student itself. An engine with a copy of the weights gets the newest before each generation.
         callbacks, optimizers: as in `transformers.Trainer`.
 
-    Logged with every loss: `loss`, `loss_divergence`, `loss_ce`, `loss_lm` (means per optimizer step), `phi`,
+    Logged with every loss: `loss`, `loss_divergence`, `loss_ce`, `loss_lm`, `loss_router` (means per optimizer step;
+    the balance of the student's experts, without its coefficient), `nan_steps` (optimizer steps left out so far,
+    nan_policy "skip"), `phi`,
     `batches_data` / `batches_fresh` / `batches_replay` (optimizer steps by source since the last log), `replay_size`
     (all processes), `tokens_per_second` (all processes), `time_generation` / `time_teacher` / `time_student` /
     `time_loss` / `time_other` (shares of the time, evaluation and checkpoints left out; where the loss is fused with
@@ -131,6 +134,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         blocks = setup.load_plain_text(args, lm_dataset, tokenizer)
         self.generation_engine = generation_engine
         self.plain_text = setup.make_plain_text(args, blocks, self.data_collator)
+        self.watch_for_nan(train_dataset)
         self.reset_extra_state()
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -161,6 +165,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         counts = torch.tensor(targets, device=device)
         counts = self.accelerator.reduce(counts, reduction="sum").clamp(min=1)
         self._meters.start_step(decision.source.value, sum(batch["num_tokens"] for batch in (*batches, *texts)))
+        self.nan_guard.begin_step(StepRecord(step + 1, decision.source.value, batches))
         for batch in batches:
             batch["micro_batches"] = len(batches)
         for batch, text in zip(batches, texts, strict=False):
@@ -186,7 +191,8 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
     ) -> Tensor:
         """As in the parent, timed as the student's share (the teacher's and the loss's are taken off it)."""
         with self._meters.clock.section("student"):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            return self.nan_guard.add_micro_batch(loss, model)
 
     def compute_loss(
         self,
@@ -239,6 +245,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         step = self.state.global_step
+        self.nan_guard.settle()
         if skip_scheduler and step > 0:
             return {}  # the evaluation on start belongs to step 0: a resumed run has had it
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
@@ -255,6 +262,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._meters.clock.section("excluded"):
+            self.check_weights()
             super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -262,10 +270,15 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         if "loss" not in logs or not self.is_in_train:
             held = setup.sum_over_processes(self.accelerator, self.teaching.sizes()) if "train_runtime" in logs else {}
             return super().log({**logs, **held}, start_time)
+        self.nan_guard.settle()
         report = self._meters.report(
             lambda values: self.accelerator.gather(values.unsqueeze(0)), len(self.rollouts.buffer)
         )
         report |= setup.sum_over_processes(self.accelerator, {**self.teaching.counters(), **self.teaching.sizes()})
+        if self.args.nan_policy == "skip":
+            report["nan_steps"] = self.nan_guard.skipped
+        # Where no step since the last log was taken there is no loss to report.
+        logs = {name: value for name, value in logs.items() if name != "loss" or name in report}
         super().log({**logs, **report, **self.policy.metrics()}, start_time)
         # Text is for the history alone: TensorBoard takes numbers only.
         newest: dict[str, Any] = self.state.log_history[-1]
