@@ -199,11 +199,6 @@ class DistillationConfig(TrainingArguments):
                 "accelerator_config.dispatch_batches: not supported (it cuts every tensor of a batch by rows, and the "
                 "positions of the loss are not rows); leave it out"
             )
-        if self.nan_policy == "skip" and self.deepspeed:
-            raise ValueError(
-                "nan_policy: 'skip' is not supported with DeepSpeed (its engine takes the step inside the backward "
-                "pass); set 'stop'"
-            )
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices: must stay True; the loss is divided by the global count")
 

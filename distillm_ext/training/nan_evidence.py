@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from distillm_ext.training.rollouts import preserved_rng
 from distillm_ext.training.router_loss import ModelLoss
 
 logger = logging.getLogger(__name__)
+_POSITIONS = 256  # whose logits are formed at once
 _COLUMNS = ("row_loss", "teacher_finite", "student_finite")
 
 
@@ -200,10 +201,18 @@ def _per_row(student: Rows, teacher: Targets | None, counts: Sequence[int], loss
         at = slice(start, start + count)
         start += count
         part = _part(student, at)
-        good = torch.ones((), device=_logits(part).device) if teacher is None else _defined(_part(teacher, at)).all()
-        total = loss(part, at) if count else good.new_zeros((), dtype=torch.float32)
-        values.append(torch.stack([x.float().reshape(()) for x in (total, good, torch.isfinite(_logits(part)).all())]))
+        finite = _all(_finite_rows, part)
+        good = torch.ones_like(finite) if teacher is None else _all(_defined_rows, _part(teacher, at)).to(finite.device)
+        total = loss(part, at) if count else torch.zeros((), device=finite.device)
+        values.append(torch.stack([total.float().reshape(()), good.float(), finite.float()]))
     return torch.stack(values)
+
+
+def _all(test: Callable[[Any], Tensor], rows: Any) -> Tensor:
+    """Whether `test` holds at every position; logits of a few positions at a time."""
+    size = len(rows.hidden) if isinstance(rows, LinearHead) else len(rows)
+    parts = [test(_part(rows, slice(start, start + _POSITIONS))) for start in range(0, max(size, 1), _POSITIONS)]
+    return torch.cat(parts).all()
 
 
 def _part(rows: Any, at: slice) -> Any:
@@ -214,8 +223,12 @@ def _logits(rows: Rows) -> Tensor:
     return head_logits(rows) if isinstance(rows, LinearHead) else rows
 
 
-def _defined(teacher: Any) -> Tensor:
-    """[R] bool: whether the teacher's distribution is one."""
+def _finite_rows(student: Rows) -> Tensor:
+    return torch.isfinite(_logits(student)).all(-1)
+
+
+def _defined_rows(teacher: Any) -> Tensor:
+    """[R] bool: whether the teacher's logits are a distribution's."""
     if isinstance(teacher, CompressedLogits):
         return teacher.valid
     logits = _logits(teacher)

@@ -157,8 +157,9 @@ class NanGuard(TrainerCallback):
     def _step(self, closure: Any = None) -> None:
         self.settle()
         record, self._record = self._record, None
+        options = {} if closure is None else {"closure": closure}
         if record is None:
-            return self._take_step(closure)
+            return self._take_step(**options)
         mine = record.flags(self.accelerator.device)
         everyone = self.accelerator.reduce(mine, reduction="sum") if self.accelerator.num_processes > 1 else mine
         self.drop_losses(everyone.sum())
@@ -170,7 +171,7 @@ class NanGuard(TrainerCallback):
             return self._fault(record, values)
         if self.accelerator.scaler is None:
             self.optimizer._is_overflow = False
-        return self._take_step(closure)
+        return self._take_step(**options)
 
     def _on_device(self) -> bool:
         """Whether the optimizer can be told on the device, see the head of this file."""
@@ -195,7 +196,8 @@ class NanGuard(TrainerCallback):
     def _schedule_as_it_is(self) -> Callable[[], None]:
         """→ what puts learning rates and their scheduler back to this moment."""
         groups = self.optimizer.param_groups
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+        # Deep copies: a learning rate may be a tensor, which schedulers change in place.
+        settings = [copy.deepcopy({key: value for key, value in group.items() if key != "params"}) for group in groups]
         state = copy.deepcopy(self.scheduler.state_dict())
 
         def undo() -> None:

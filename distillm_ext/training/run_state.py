@@ -41,7 +41,16 @@ class RunState(ResumableTrainer):
     row_origin: RowOrigin
 
     def watch_for_nan(self, train_dataset: Any) -> None:
-        """Sets up what happens to optimizer steps of NaN or inf; `train_dataset` is the one handed over."""
+        """Sets up what happens to optimizer steps of NaN or inf; `train_dataset` is the one handed over.
+
+        Raises:
+            ValueError: the policy cannot be kept with DeepSpeed.
+        """
+        if self.args.nan_policy == "skip" and self.is_deepspeed_enabled:
+            raise ValueError(
+                "nan_policy: 'skip' is not supported with DeepSpeed, whose engine takes the optimizer step inside the "
+                "backward pass; set nan_policy='stop'"
+            )
         self.nan_report = NanReport(self)
         self.row_origin = RowOrigin(
             train_dataset if isinstance(train_dataset, Dataset) else None,
