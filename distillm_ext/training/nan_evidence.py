@@ -24,7 +24,7 @@ from torch import Tensor
 from distillm_ext.containers import CompressedLogits, LinearHead
 from distillm_ext.training.checkpoint import write_json, write_tensors
 from distillm_ext.training.heads import Rows, Targets, TokenBatch, head_logits
-from distillm_ext.training.nan_policy import Fault
+from distillm_ext.training.nan_policy import Fault, nonfinite
 from distillm_ext.training.objectives import cross_entropy
 from distillm_ext.training.rollouts import preserved_rng
 from distillm_ext.training.router_loss import ModelLoss
@@ -102,10 +102,11 @@ class NanReport:
 
     def nonfinite_weights(self) -> tuple[list[str], bool]:
         """→ (parameters of the student that hold NaN or inf on this process, whether any process has one)."""
-        named = self.run.accelerator.unwrap_model(self.run.model_wrapped).named_parameters()
-        local = ((name, p.to_local() if hasattr(p, "to_local") else p) for name, p in named)
-        names = [name for name, p in local if p.is_floating_point() and not bool(torch.isfinite(p).all())]
-        count = torch.tensor(float(len(names)), device=self.run.args.device)
+        device = self.run.args.device
+        named, flags = nonfinite(self.run.accelerator.unwrap_model(self.run.model_wrapped).named_parameters(), device)
+        bad = [] if flags is None else flags.tolist()
+        names = [name for name, flag in zip(named, bad, strict=True) if flag]
+        count = torch.tensor(float(len(names)), device=device)
         return names, bool(self.run.accelerator.reduce(count, reduction="sum") > 0)
 
     def _content(self, fault: Fault, findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -113,9 +114,8 @@ class NanReport:
         rows, texts = self._bad_rows(record.batches, findings), _bad_texts(record.batches, findings)
         losses = [index for index, flag in enumerate(record.losses) if bool(flag)]
         gradients = record.gradients.tolist() if record.gradients is not None else []
-        kinds = {kind for row in rows for kind in row["not_finite"]} | {
-            kind for found in findings for kind in found["own"]
-        }
+        kinds = {kind for row in rows for kind in row["not_finite"]}
+        kinds |= {kind for found in findings for kind in found["own"]}
         kinds |= {name for name, bad in (("loss", losses), ("plain_text", texts), ("gradient", any(gradients))) if bad}
         return {
             "step": record.step,
@@ -139,7 +139,8 @@ class NanReport:
             for number, (loss, teacher, student) in zip(batch["row_numbers"], finding["rows"].tolist(), strict=True):
                 flags = {"loss": _finite(loss), "teacher": bool(teacher), "student": bool(student)}
                 bad = sorted(kind for kind, good in flags.items() if not good)
-                if bad:
+                # −inf may be a student's legal logit, where a vocabulary is masked.
+                if bad not in ([], ["student"]):
                     place = {"row": number, "micro_batch": index, "not_finite": bad, "loss": str(loss)}
                     found.append(place | {"origin": self.run.row_origin(number)})
         return found
@@ -163,10 +164,9 @@ class NanReport:
                 f"{len(content['weights'])} in all): go on from an earlier checkpoint, with a smaller learning_rate"
             )
         done = "the optimizer step was not taken, weights and optimizer are those before it"
-        cure = (
-            " Correct or remove the rows, or set nan_policy='skip' to leave such steps out" if policy == "stop" else ""
-        )
-        return f"step {step}: {what}; {done}.{cure}"
+        if policy == "skip":
+            return f"step {step}: {what}; {done}"
+        return f"step {step}: {what}; {done}. Correct or remove the rows, or set nan_policy='skip'"
 
     def _stem(self, step: int) -> Path:
         args = self.run.args

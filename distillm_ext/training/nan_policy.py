@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -259,23 +259,28 @@ class LateValues:
 
 
 def nonfinite_gradients(model: torch.nn.Module, device: torch.device) -> tuple[list[str], Tensor | None]:
-    """→ (names of the parameters with a gradient, [names] bool on `device`: whether it holds NaN or inf).
+    """`nonfinite` of a model's gradients: one read of each, of the local part where it is sharded."""
+    return nonfinite(
+        ((name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None), device
+    )
 
-    One read of every gradient, of the local part where it is sharded; the host waits for nothing.
+
+def nonfinite(named: Iterable[tuple[str, Tensor]], device: torch.device) -> tuple[list[str], Tensor | None]:
+    """→ (names, [names] bool on `device`: whether the tensor of that name holds NaN or inf). The host does not wait.
+
+    Tensors that are empty or hold integers are left out; None where none is left.
     """
     kinds: dict[Any, list[tuple[str, Tensor]]] = {}
-    for name, parameter in model.named_parameters():
-        gradient: Any = parameter.grad
-        if gradient is None:
-            continue
-        gradient = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-        gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
-        if gradient.numel():
-            kinds.setdefault((gradient.device, gradient.dtype), []).append((name.removeprefix("module."), gradient))
+    for name, tensor in named:
+        local: Any = tensor.detach()
+        local = local.to_local() if hasattr(local, "to_local") else local
+        local = local.coalesce().values() if local.is_sparse else local
+        if local.numel() and local.is_floating_point():
+            kinds.setdefault((local.device, local.dtype), []).append((name.removeprefix("module."), local))
     names, flags = [], []
     for members in kinds.values():
-        # The largest magnitude of each tensor in one kernel for all; a NaN is larger than any.
-        norms = torch._foreach_norm([gradient for _, gradient in members], float("inf"))
+        # The largest magnitude of each tensor, in one kernel for all; a NaN is larger than any.
+        norms = torch._foreach_norm([tensor for _, tensor in members], float("inf"))
         flags.append((~torch.isfinite(torch.stack(list(norms)))).to(device, non_blocking=True))
         names += [name for name, _ in members]
     return names, torch.cat(flags) if flags else None
