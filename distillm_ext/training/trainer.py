@@ -207,18 +207,16 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
             model: the student as wrapped for training.
             inputs: a micro-batch of `get_batch_samples`, or of the collator.
             return_outputs: also return the detached loss parts.
-            num_items_in_batch: targets of the whole step on all ranks; None takes those of this micro-batch.
+            num_items_in_batch: targets of the step on all ranks; None takes those of this micro-batch.
         """
         step, clock = self.state.global_step, self._meters.clock
         objective = self.objectives.at(step)
-        batch, text = TokenBatch.from_inputs(inputs), inputs.get("plain_text")
+        text = inputs.get("plain_text")
+        batches = [TokenBatch.from_inputs(part) for part in (inputs, text) if part is not None]
         count = num_items_in_batch if num_items_in_batch is not None else max(len(inputs["targets"]), 1)
-        teacher = None
-        if objective.needs_teacher:
-            with clock.section("teacher"):
-                teacher = self.teaching.targets(inputs)
+        with clock.section("teacher"):
+            teacher = self.teaching.targets(inputs) if objective.needs_teacher else None
         found, own = LossParts(torch.zeros(())), list[ModelLoss]()
-
         def consume(rows: list[Rows]) -> Tensor:
             nonlocal found
             with clock.section("loss"):
@@ -231,7 +229,6 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
                 # DDP and FSDP average gradients over processes, and the count is over all of them.
                 return found.total * self.accelerator.num_processes
 
-        batches = [batch] if text is None else [batch, TokenBatch.from_inputs(text)]
         loss = self.student(model, batches, consume, fused=True, model_losses=own)
         parts = {name: part * self.accelerator.num_processes for name, part in found.parts.items()}
         self._meters.add_losses(step, {**parts, "total": found.total.detach() * self.accelerator.num_processes})
