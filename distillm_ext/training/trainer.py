@@ -217,6 +217,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         with clock.section("teacher"):
             teacher = self.teaching.targets(inputs) if objective.needs_teacher else None
         found, own = LossParts(torch.zeros(())), list[ModelLoss]()
+
         def consume(rows: list[Rows]) -> Tensor:
             nonlocal found
             with clock.section("loss"):
