@@ -46,6 +46,18 @@ def test_train_writes_a_model_a_log_and_a_plot(config, tmp_path):
     assert "student saved to" in output and "step 4/4: loss" in output
 
 
+def test_a_run_that_meets_nan_ends_with_the_row_and_saves_nothing(world, config, tmp_path):
+    teacher = AutoModelForCausalLM.from_pretrained(world / "teacher")
+    teacher.model.norm.weight.data[0] = float("nan")
+    teacher.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path / "broken")
+    changed = (f"student={world / 'teacher'}", f"teacher={tmp_path / 'broken'}", "training.policy=dataset")
+    output = run("train", config, *changed, code=1)
+    assert "step 1: NaN or inf in gradient, loss, teacher" in output and "train.jsonl, line" in output
+    assert not (tmp_path / "out" / "final").exists()
+    assert [path.name for path in (tmp_path / "out").glob("nan-step-*.json")] == ["nan-step-1.json"]
+
+
 def test_named_student_trains_with_its_own_tokenizer(world, config, tmp_path):
     run("train", config, f"student={world / 'teacher'}", "training.max_steps=1")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final").config.num_hidden_layers == 3

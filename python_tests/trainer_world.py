@@ -112,10 +112,10 @@ def first_step(tmp_path, *, model=None, **settings):
     """Gradients of the first optimizer step and its log."""
     recorder = GradientRecorder()
     model = model or tiny_model(1)
-    lm_dataset = settings.pop("lm_text", None)
+    lm_dataset, rows = settings.pop("lm_text", None), settings.pop("train_dataset", None)
     trainer = tiny_trainer(
-        tiny_config(tmp_path, max_steps=1, max_grad_norm=0.0, **settings), rows=8, model=model, callbacks=[recorder],
-        lm_dataset=lm_dataset,
+        tiny_config(tmp_path, max_steps=1, max_grad_norm=0.0, **settings), model=model, callbacks=[recorder],
+        lm_dataset=lm_dataset, train_dataset=token_rows(8) if rows is None else rows,
     )  # fmt: skip
     trainer.train()
     return recorder.gradients, trainer.state.log_history[0]

@@ -10,6 +10,7 @@ import typer
 from distillm_ext.cli.options import expanded
 
 INTERRUPTED = 130
+STOPPED_BY_NAN = 1
 
 
 def train(
@@ -57,7 +58,10 @@ def train(
 
 
 def run(settings: Any, *, resume: bool, console: Any, command: str) -> int:
-    """Train and save; returns the exit code, `INTERRUPTED` after Ctrl-C."""
+    """Train and save; returns the exit code: `INTERRUPTED` after Ctrl-C, `STOPPED_BY_NAN` where a loss, gradient or
+    weight is NaN or inf: nothing is saved then."""
+    import sys
+
     from distillm_ext.cli.errors import friendly_errors
     from distillm_ext.training.job import build_trainer, count_parameters, start_folder
     from distillm_ext.training.progress import ProgressBar, StopOnInterrupt
@@ -71,6 +75,9 @@ def run(settings: Any, *, resume: bool, console: Any, command: str) -> int:
         console.print(_sides(trainer, count_parameters))
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
+        except FloatingPointError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return STOPPED_BY_NAN
         finally:
             bar.close()
             stop.close()

@@ -125,7 +125,8 @@ class CausalForward:
             cache: keys and values so far; extended.
         """
         self.lockstep.tick()
-        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
+        # A balance of experts, from the logits of the new tokens and the mask of all tokens, would fail.
+        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1, "output_router_logits": False}
         known = {name: value for name, value in options.items() if name in self.accepts}
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=True, return_dict=True, **known,

@@ -28,7 +28,7 @@ from torch import Tensor
 STATE_FILE = "distillation_state.json"
 MARKER_FILE = "complete.json"
 FORMAT_VERSION = 1
-_SAFETENSORS_NAMES = {torch.int64: "I64", torch.uint8: "U8"}
+_SAFETENSORS_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8"}
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 

@@ -14,6 +14,7 @@ from distillm_ext.generation.sampling import SamplingParams
 from distillm_ext.options import DEFAULT_ALPHA, DEFAULT_BETA, DIVERGENCES, TAILS
 from distillm_ext.packing import CODECS
 from distillm_ext.paths import expand_path
+from distillm_ext.training.nan_policy import NAN_POLICIES
 from distillm_ext.training.policies import POLICIES
 from distillm_ext.training.reuse_checks import MAX_K, REUSE_METHODS, check_compressed_loss
 from distillm_ext.training.schedule import REPLAY_RATIOS, SCHEDULES
@@ -104,6 +105,11 @@ class DistillationConfig(TrainingArguments):
         "output_dir. >= 0."
     )  # fmt: skip
     teacher_dtype: str = _option("auto", f"Dtype of the teacher: one of {', '.join(TEACHER_DTYPES)}.")
+    nan_policy: str = _option(
+        "stop", "What a NaN or inf in a loss or gradient does: 'stop' ends the run with an error, 'skip' leaves the "
+        "optimizer step out and counts it (`nan_steps` in the log). Either way weights and optimizer stay as they "
+        "were, on all processes, and what is known goes to nan-step-N.json and .safetensors in output_dir."
+    )  # fmt: skip
     logging_nan_inf_filter: bool = _option(
         False, "Hide NaN and inf from the logged loss. Off here: the check waits for the device in every micro-batch."
     )
@@ -133,6 +139,7 @@ class DistillationConfig(TrainingArguments):
             "tail": (*TAILS, None),
             "reuse_teacher_logits": REUSE_METHODS,
             "reuse_codec": CODECS,
+            "nan_policy": NAN_POLICIES,
         }
         for name, legal in choices.items():
             value = getattr(self, name)
@@ -197,6 +204,12 @@ class DistillationConfig(TrainingArguments):
         for name, reason in unsupported.items():
             if getattr(self, name):
                 raise ValueError(f"{name}: not supported ({reason}); got {getattr(self, name)!r}")
+        accelerate: Any = self.accelerator_config
+        if accelerate.dispatch_batches:
+            raise ValueError(
+                "accelerator_config.dispatch_batches: not supported (it cuts every tensor of a batch by rows, and the "
+                "positions of the loss are not rows); leave it out"
+            )
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices: must stay True; the loss is divided by the global count")
 

@@ -7,8 +7,10 @@ tokens at start; where it does not, the full logits are computed and a warning s
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +117,24 @@ def head_logits(head: LinearHead) -> Tensor:
         return HeadTransform(head.scale, head.softcap)(nn.functional.linear(head.hidden, head.weight, head.bias))
 
 
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Replaces `module.forward` and yields the one that was there.
+
+    Accelerate keeps its autocast wrapper as an attribute of the instance: it is put back, not deleted.
+    """
+    own = module.__dict__.get("forward")
+    before = module.forward
+    module.forward = forward
+    try:
+        yield before
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = own
+
+
 class LogitReader:
     """Logits of a causal LM at chosen positions.
 
@@ -134,6 +154,9 @@ class LogitReader:
         self.transform = head_transform(causal.config)
         self.splits = self.head is not None and self.backbone is not None and self.backbone is not causal
         self._reported = False
+        # Logits alone are wanted: the balance of a router's experts costs time, and fails on a cache's masks.
+        quiet = "output_router_logits" in inspect.signature(causal.forward).parameters
+        self._options = {"output_router_logits": False} if quiet else {}
 
     def apart(self) -> bool:
         """Whether backbone and head may be called apart: a hook on the head expects the logits of a whole call."""
@@ -160,8 +183,9 @@ class LogitReader:
     def full(self, batch: TokenBatch, forward: Any) -> Tensor:
         """[R, V] logits from the model's own forward pass, which computes them at every position."""
         output = forward(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, return_dict=True
-        )
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, return_dict=True,
+            **self._options,
+        )  # fmt: skip
         return batch.select(output.logits)
 
     def logits(self, batch: TokenBatch) -> Tensor:

@@ -88,7 +88,9 @@ class Meters:
         self.last_source: str | None = None
         self._running = False
         self._sums: dict[str, Tensor] = {}
-        self._steps: dict[str, set[int]] = {}
+        self._steps: dict[str, Tensor] = {}
+        self._step: dict[str, Tensor] = {}
+        self._step_number: int | None = None
         self._sources: Counter[str] = Counter()
         self._tokens = 0
 
@@ -106,12 +108,28 @@ class Meters:
 
     def add_losses(self, step: int, parts: dict[str, Tensor]) -> None:
         """Adds the loss parts of one micro-batch of optimizer step `step`."""
+        if step != self._step_number:
+            self.end_step()
+            self._step_number = step
         for name, value in parts.items():
+            if name not in self._step:
+                self._step[name] = torch.zeros((), dtype=torch.float32, device=self.device)
+            self._step[name] += value.detach().to(self._step[name])
+
+    def end_step(self, dropped: Tensor | None = None) -> None:
+        """Adds the loss parts of the optimizer step under way to the sums.
+
+        Args:
+            dropped: scalar on the device, > 0 where the step was not taken: it then counts for nothing.
+        """
+        for name, value in self._step.items():
             if name not in self._sums:
-                self._sums[name] = torch.zeros((), dtype=torch.float32, device=self.device)
-                self._steps[name] = set()
-            self._sums[name] += value.detach().to(self._sums[name])
-            self._steps[name].add(step)
+                self._sums[name] = torch.zeros_like(value)
+                self._steps[name] = torch.zeros_like(value)
+            kept = torch.ones_like(value) if dropped is None else (dropped <= 0).to(value)
+            self._sums[name] += torch.where(kept > 0, value, 0.0)
+            self._steps[name] += kept
+        self._step = {}
 
     def report(self, gather: Callable[[Tensor], Tensor], replay_size: int) -> dict[str, float]:
         """What to log, over all processes, and starts anew. The only place that waits for the device.
@@ -120,11 +138,14 @@ class Meters:
             gather: [n] of this process → [processes, n].
             replay_size: sequences in this process's replay buffer.
         """
-        means = {name: total / len(self._steps[name]) for name, total in sorted(self._sums.items())}
+        self.end_step()
+        # A part without a step that was taken is 0 / 0, and left out below.
+        means = {name: total / self._steps[name] for name, total in sorted(self._sums.items())}
         counts = torch.tensor([float(self._tokens), float(replay_size)], device=self.device)
         gathered = gather(torch.cat([*(mean.reshape(1) for mean in means.values()), counts])).double()
         tokens, buffered = gathered[:, -2:].sum(dim=0).tolist()
-        losses = dict(zip(means, gathered[:, :-2].mean(dim=0).tolist(), strict=True))
+        values = zip(means, gathered[:, :-2].mean(dim=0).tolist(), strict=True)
+        losses = {name: value for name, value in values if float(self._steps[name]) > 0}
         seconds, wall = self.clock.report()
         shares = {f"time_{name}": max(seconds.get(name, 0.0), 0.0) / wall for name in SHARES}
         report = {name if name in METRICS else f"loss_{name}": value for name, value in losses.items()}

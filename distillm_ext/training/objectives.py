@@ -15,6 +15,7 @@ from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_p
 from distillm_ext.losses import DistillationLoss
 from distillm_ext.training.heads import Rows, Targets, head_logits
 from distillm_ext.training.meters import METRICS
+from distillm_ext.training.router_loss import ModelLoss
 
 
 @dataclass
@@ -23,12 +24,16 @@ class LossParts:
 
     Attributes:
         total: scalar that is differentiated.
-        parts: detached scalars by name ("divergence", "ce", "lm" and the fields of `DivergenceMetrics`), in the same
-            normalisation.
+        parts: detached scalars by name ("divergence", "ce", "lm", "router" and the fields of `DivergenceMetrics`), in
+            the same normalisation.
     """
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def plus(self, own: ModelLoss) -> LossParts:
+        """With a term that the student's model adds by itself."""
+        return LossParts(self.total + own.term.to(self.total), {**self.parts, own.name: own.value})
 
 
 def cross_entropy(logits: Rows, targets: Tensor, num_items: int | Tensor) -> Tensor:

@@ -39,6 +39,8 @@ def summarise(logs: dict[str, Any]) -> str:
         parts.append("batches " + ", ".join(sources))
     if logs.get("reused_rows"):
         parts.append(f"teacher {logs['teacher_rows']:.0f} rows, reused {logs['reused_rows']:.0f}")
+    if logs.get("nan_steps"):
+        parts.append(f"left out {logs['nan_steps']} steps of NaN or inf")
     if logs.get("tokens_per_second") is not None:
         parts.append(f"{logs['tokens_per_second']:.0f} tokens/s")
     return " · ".join(parts)

@@ -20,6 +20,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
 from distillm_ext.paths import expand_path
+from distillm_ext.training.row_origin import remembers_source
 
 TOKEN_COLUMNS = ("input_ids", "loss_mask", "prompt_length")
 KNOWN_COLUMNS = ("prompt", "completion", "messages", "text", *TOKEN_COLUMNS)
@@ -101,6 +102,7 @@ def _type_name(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
+@remembers_source
 def load_rows(
     source: str | Path,
     *,

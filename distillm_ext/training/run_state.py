@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor
 
 from distillm_ext.generation import Engine
@@ -15,8 +16,11 @@ from distillm_ext.training import setup, teaching_setup
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.meters import Meters
+from distillm_ext.training.nan_evidence import NanReport
+from distillm_ext.training.nan_policy import NanGuard
 from distillm_ext.training.policies import make_policy
 from distillm_ext.training.resumable import ResumableTrainer
+from distillm_ext.training.row_origin import RowOrigin
 from distillm_ext.training.schedule import SCHEDULES
 from distillm_ext.training.teacher import ModelTeacher
 
@@ -33,6 +37,52 @@ class RunState(ResumableTrainer):
     compression: CompressionSettings | None
     vocab_size: int
     generation_engine: Engine | None
+    nan_guard: NanGuard
+    row_origin: RowOrigin
+
+    def watch_for_nan(self, train_dataset: Any) -> None:
+        """Sets up what happens to optimizer steps of NaN or inf; `train_dataset` is the one handed over.
+
+        Raises:
+            ValueError: the policy cannot be kept with DeepSpeed.
+        """
+        if self.args.nan_policy == "skip" and self.is_deepspeed_enabled:
+            raise ValueError(
+                "nan_policy: 'skip' is not supported with DeepSpeed, whose engine takes the optimizer step inside the "
+                "backward pass; set nan_policy='stop'"
+            )
+        self.nan_report = NanReport(self)
+        self.row_origin = RowOrigin(
+            train_dataset if isinstance(train_dataset, Dataset) else None,
+            self.train_dataset,
+            lambda rows: setup.prepare_split(rows, self.processing_class, self.args, "train_dataset"),
+        )
+        self.nan_guard = NanGuard(
+            self.accelerator, report=self.nan_report, drop_losses=lambda flag: self._meters.end_step(flag)
+        )
+        self.add_callback(self.nan_guard)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the parent; a run that ends with weights of NaN or inf is an error."""
+        result = super().train(*args, **kwargs)
+        self.check_weights()
+        return result
+
+    def check_weights(self) -> None:
+        """Every process; before anything is saved.
+
+        Raises:
+            FloatingPointError: the last optimizer step was not sound and the policy is to stop, or weights of the
+                student are NaN or inf.
+        """
+        self.nan_guard.settle()
+        names, broken = self.nan_report.nonfinite_weights()
+        if broken:
+            named = f"{names[0]}, {len(names)} in all" if names else "on another process"
+            raise FloatingPointError(
+                f"step {self.state.global_step}: weights of the student are NaN or inf ({named}); nothing is saved. Go "
+                "on from an earlier checkpoint, with a smaller learning_rate"
+            )
 
     def reset_extra_state(self) -> None:
         """A fresh policy, an empty buffer, no stored responses, nothing counted."""
@@ -59,6 +109,7 @@ class RunState(ResumableTrainer):
             train_dataset=self.train_dataset,
         )
         self._meters = Meters(args.device)
+        self.nan_guard.reset()
 
     def extra_state(self) -> dict[str, Any]:
         """φ and its reference loss; the epoch of stored responses."""
@@ -67,6 +118,7 @@ class RunState(ResumableTrainer):
             "policy_state": self.policy.state_dict(),
             "store_epoch": self.rollouts.store.epoch,
             "teaching": self.teaching.state(),
+            "nan_steps": self.nan_guard.skipped,
         }
 
     def extra_tensors(self) -> dict[str, Tensor]:
@@ -85,3 +137,4 @@ class RunState(ResumableTrainer):
             )
         replayed = [sequence.key for sequence in self.rollouts.buffer.sequences()]
         self.teaching.unpack(state.get("teaching", {}), tensors, replayed)
+        self.nan_guard.skipped = int(state.get("nan_steps", 0))

@@ -86,15 +86,19 @@ def prepare_eval(
 
 
 def verify_heads(dataset: Any, teacher: ModelTeacher | None, student: StudentForward) -> None:
-    """Checks on a few tokens of the data that backbones and heads, used apart, give the models' own logits."""
+    """Checks on a few tokens of the data that backbones and heads, used apart, give the models' own logits, and what
+    the student adds to its loss by itself."""
     if not isinstance(dataset, Dataset):
         return
     probe = dataset[0]["input_ids"][:16]
     if teacher is not None:
         teacher.verify(probe)
     # A student that is still to be materialised cannot run yet; its split is trusted.
-    if not any(parameter.is_meta for parameter in student.model.parameters()):
-        student.reader.verify(probe, "student")
+    if any(parameter.is_meta for parameter in student.model.parameters()):
+        student.own.trust_configuration()
+        return
+    student.reader.verify(probe, "student")
+    student.own.probe(probe, "student")
 
 
 def load_plain_text(

@@ -8,7 +8,7 @@ the call, and the loss is computed inside the head's own forward, where the wrap
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,29 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distillm_ext.containers import LinearHead
-from distillm_ext.training.heads import LogitReader, TokenBatch
+from distillm_ext.training.heads import LogitReader, TokenBatch, replaced_forward
+from distillm_ext.training.router_loss import ModelLoss, OwnLoss
+
+__all__ = ["Consumer", "StudentForward", "replaced_forward"]
 
 # From what the head gives for each batch, in the order given, to the loss (or any tensor): logits [R_i, V], or in a
 # fused call hidden states [R_i, H] and the head (`heads.Rows`).
 Consumer = Callable[[list[Any]], Tensor]
-
-
-@contextlib.contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Replaces `module.forward` and yields the one that was there.
-
-    Accelerate keeps its autocast wrapper as an attribute of the instance: it is put back, not deleted.
-    """
-    own = module.__dict__.get("forward")
-    before = module.forward
-    module.forward = forward
-    try:
-        yield before
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own
 
 
 class StudentForward:
@@ -53,10 +38,17 @@ class StudentForward:
     def __init__(self, model: nn.Module, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
         self.model = model
         self.reader = LogitReader(model)
+        self.own = OwnLoss(self.reader)
         self.autocast = autocast
 
     def __call__(
-        self, wrapped: nn.Module, batches: Sequence[TokenBatch], consume: Consumer, *, fused: bool = False
+        self,
+        wrapped: nn.Module,
+        batches: Sequence[TokenBatch],
+        consume: Consumer,
+        *,
+        fused: bool = False,
+        model_losses: list[ModelLoss] | None = None,
     ) -> Tensor:
         """Returns what `consume` makes of the head's output.
 
@@ -66,6 +58,8 @@ class StudentForward:
             consume: called once, with one [R_i, V] tensor per batch.
             fused: hand over a `LinearHead` per batch instead of logits, where the head allows (`LogitReader.fuses`):
                 `consume` runs inside the head's forward, where its weight is whole.
+            model_losses: where the model adds to its loss by itself (`OwnLoss.active`), gets what it adds for each
+                batch before `consume` is called. None: nothing of it is computed.
         """
         model = self.model
         run = self._through_head if self.reader.apart() else self._through_model
@@ -76,13 +70,13 @@ class StudentForward:
 
             def forward(*args: Any, **kwargs: Any) -> Tensor:
                 with self.autocast():
-                    return run(batches, consume, before[0])
+                    return run(batches, consume, _Passes(self, before[0], model_losses))
 
             before.append(stack.enter_context(replaced_forward(model, forward)))
             return wrapped(input_ids=batches[0].input_ids)
 
-    def _through_head(self, batches: Sequence[TokenBatch], consume: Consumer, forward: Callable[..., Any]) -> Tensor:
-        rows = [self.reader.hidden(batch) for batch in batches]
+    def _through_head(self, batches: Sequence[TokenBatch], consume: Consumer, passes: _Passes) -> Tensor:
+        rows = [passes.hidden(batch) for batch in batches]
         sizes = [len(row) for row in rows]
         head = self.reader.head
 
@@ -93,8 +87,8 @@ class StudentForward:
         with replaced_forward(head, head_forward) as project:
             return head(torch.cat(rows) if len(rows) > 1 else rows[0])
 
-    def _through_loss(self, batches: Sequence[TokenBatch], consume: Consumer, forward: Callable[..., Any]) -> Tensor:
-        rows = [self.reader.hidden(batch) for batch in batches]
+    def _through_loss(self, batches: Sequence[TokenBatch], consume: Consumer, passes: _Passes) -> Tensor:
+        rows = [passes.hidden(batch) for batch in batches]
         sizes = [len(row) for row in rows]
         head, transform = self.reader.head, self.reader.transform
 
@@ -108,5 +102,29 @@ class StudentForward:
         with replaced_forward(head, head_forward) as project:
             return head(torch.cat(rows) if len(rows) > 1 else rows[0])
 
-    def _through_model(self, batches: Sequence[TokenBatch], consume: Consumer, forward: Callable[..., Any]) -> Tensor:
-        return consume([self.reader.full(batch, forward) for batch in batches])
+    def _through_model(self, batches: Sequence[TokenBatch], consume: Consumer, passes: _Passes) -> Tensor:
+        return consume([passes.logits(batch) for batch in batches])
+
+
+class _Passes:
+    """The forward passes of one call; where wanted, each adds what the model adds to its loss to `losses`."""
+
+    def __init__(self, student: StudentForward, forward: Callable[..., Any], losses: list[ModelLoss] | None) -> None:
+        self.reader = student.reader
+        self.own = student.own if student.own.active else None
+        self.forward = forward
+        self.losses = losses
+
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        if self.own is None or self.losses is None:
+            return self.reader.hidden(batch)
+        hidden, loss = self.own.hidden(batch, self.forward)
+        self.losses.append(loss)
+        return hidden
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        if self.own is None or self.losses is None:
+            return self.reader.full(batch, self.forward)
+        logits, loss = self.own.logits(batch, self.forward)
+        self.losses.append(loss)
+        return logits

@@ -44,6 +44,10 @@ class DenseTeaching:
         """What the validation reads."""
         return self.targets(inputs)
 
+    def again(self, inputs: Mapping[str, Any]) -> Targets:
+        """What `targets` gave for a batch of this run; nothing is kept or counted."""
+        return self.targets(inputs)
+
     def settle(self) -> None:
         """Every process: what was computed since the last call becomes part of the store of all of them."""
 
@@ -135,9 +139,13 @@ class CompressedTeaching(DenseTeaching):
         """The teacher's own logits where there is a teacher, else the cache's."""
         if self.teacher is not None:
             return self.teacher.rows(TokenBatch.from_inputs(dict(inputs)))
-        counted = self._computed, self._reused
+        return self.again(inputs)
+
+    def again(self, inputs: Mapping[str, Any]) -> Targets:
+        before = self._computed, self._reused, self._reusable
+        self._reusable = False
         targets = self.targets(inputs)
-        self._computed, self._reused = counted
+        self._computed, self._reused, self._reusable = before
         return targets
 
     def _find(self, key: bytes) -> np.ndarray | None:

@@ -29,9 +29,11 @@ from distillm_ext.training.argument_checks import check_arguments, check_tokens
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.heads import Rows, TokenBatch
+from distillm_ext.training.nan_policy import StepRecord
 from distillm_ext.training.objectives import LossParts, cross_entropy
 from distillm_ext.training.philox import Stream, uniform
 from distillm_ext.training.policies import Decision, Source, StepContext
+from distillm_ext.training.router_loss import ModelLoss, mean_term
 from distillm_ext.training.run_state import RunState
 from distillm_ext.training.special_tokens import KeepPadding
 from distillm_ext.training.student import StudentForward
@@ -63,7 +65,9 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
             the student itself. An engine with a copy of the weights gets the newest before each generation.
         callbacks, optimizers: as in `transformers.Trainer`.
 
-    Logged with every loss: `loss`, `loss_divergence`, `loss_ce`, `loss_lm` (means per optimizer step), `phi`,
+    Logged with every loss: `loss`, `loss_divergence`, `loss_ce`, `loss_lm`, `loss_router` (means per optimizer step;
+    the balance of the student's experts, without its coefficient), `nan_steps` (optimizer steps left out so far,
+    nan_policy "skip"), `phi`,
     `batches_data` / `batches_fresh` / `batches_replay` (optimizer steps by source since the last log), `replay_size`
     (all processes), `tokens_per_second` (all processes), `time_generation` / `time_teacher` / `time_student` /
     `time_loss` / `time_other` (shares of the time, evaluation and checkpoints left out; where the loss is fused with
@@ -138,6 +142,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         self.generation_engine = generation_engine
         self.plain_text = setup.make_plain_text(args, blocks, self.data_collator)
         self.add_callback(KeepPadding(model))
+        self.watch_for_nan(train_dataset)
         self.reset_extra_state()
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -168,6 +173,9 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         counts = torch.tensor(targets, device=device)
         counts = self.accelerator.reduce(counts, reduction="sum").clamp(min=1)
         self._meters.start_step(decision.source.value, sum(batch["num_tokens"] for batch in (*batches, *texts)))
+        self.nan_guard.begin_step(StepRecord(step + 1, decision.source.value, batches))
+        for batch in batches:
+            batch["micro_batches"] = len(batches)
         for batch, text in zip(batches, texts, strict=False):
             batch |= {"plain_text": text, "plain_text_items": counts[1]}
         return batches, counts[0]
@@ -191,7 +199,8 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
     ) -> Tensor:
         """As in the parent, timed as the student's share (the teacher's and the loss's are taken off it)."""
         with self._meters.clock.section("student"):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            return self.nan_guard.add_micro_batch(loss, model)
 
     def compute_loss(
         self,
@@ -206,17 +215,16 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
             model: the student as wrapped for training.
             inputs: a micro-batch of `get_batch_samples`, or of the collator.
             return_outputs: also return the detached loss parts.
-            num_items_in_batch: targets of the whole step on all ranks; None takes those of this micro-batch.
+            num_items_in_batch: targets of the step on all ranks; None takes those of this micro-batch.
         """
         step, clock = self.state.global_step, self._meters.clock
         objective = self.objectives.at(step)
-        batch, text = TokenBatch.from_inputs(inputs), inputs.get("plain_text")
+        text = inputs.get("plain_text")
+        batches = [TokenBatch.from_inputs(part) for part in (inputs, text) if part is not None]
         count = num_items_in_batch if num_items_in_batch is not None else max(len(inputs["targets"]), 1)
-        teacher = None
-        if objective.needs_teacher:
-            with clock.section("teacher"):
-                teacher = self.teaching.targets(inputs)
-        found = LossParts(torch.zeros(()))
+        with clock.section("teacher"):
+            teacher = self.teaching.targets(inputs) if objective.needs_teacher else None
+        found, own = LossParts(torch.zeros(())), list[ModelLoss]()
 
         def consume(rows: list[Rows]) -> Tensor:
             nonlocal found
@@ -225,11 +233,12 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
                 found = objective(rows[0], teacher, inputs["targets"], num_items=count, ground_truth=truth)
                 if text is not None:
                     found = self._with_plain_text(found, rows[1], text["targets"], inputs["plain_text_items"])
+                if own:
+                    found = found.plus(mean_term(own, inputs.get("micro_batches", 1), self.accelerator.num_processes))
                 # DDP and FSDP average gradients over processes, and the count is over all of them.
                 return found.total * self.accelerator.num_processes
 
-        batches = [batch] if text is None else [batch, TokenBatch.from_inputs(text)]
-        loss = self.student(model, batches, consume, fused=True)
+        loss = self.student(model, batches, consume, fused=True, model_losses=own)
         parts = {name: part * self.accelerator.num_processes for name, part in found.parts.items()}
         self._meters.add_losses(step, {**parts, "total": found.total.detach() * self.accelerator.num_processes})
         return (loss, parts) if return_outputs else loss
@@ -242,6 +251,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         step = self.state.global_step
+        self.nan_guard.settle()
         if skip_scheduler and step > 0:
             return {}  # the evaluation on start belongs to step 0: a resumed run has had it
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
@@ -258,6 +268,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._meters.clock.section("excluded"):
+            self.check_weights()
             super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -265,10 +276,15 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         if "loss" not in logs or not self.is_in_train:
             held = setup.sum_over_processes(self.accelerator, self.teaching.sizes()) if "train_runtime" in logs else {}
             return super().log({**logs, **held}, start_time)
+        self.nan_guard.settle()
         report = self._meters.report(
             lambda values: self.accelerator.gather(values.unsqueeze(0)), len(self.rollouts.buffer)
         )
         report |= setup.sum_over_processes(self.accelerator, {**self.teaching.counters(), **self.teaching.sizes()})
+        if self.args.nan_policy == "skip":
+            report["nan_steps"] = self.nan_guard.skipped
+        # Where no step since the last log was taken there is no loss to report.
+        logs = {name: value for name, value in logs.items() if name != "loss" or name in report}
         super().log({**logs, **report, **self.policy.metrics()}, start_time)
         # Text is for the history alone: TensorBoard takes numbers only.
         newest: dict[str, Any] = self.state.log_history[-1]

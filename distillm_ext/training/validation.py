@@ -1,15 +1,19 @@
 """Validation: cross-entropy on the ground truth and divergence from the teacher, weighted by token over the whole set.
 
-Averaging per-batch means would weight a short batch like a long one, and Accelerate repeats rows to fill the last
-batch: both change the loss that φ depends on. So every row reports sums, and repeated rows are dropped before adding.
+Averaging per-batch means would weight a short batch like a long one, and loaders repeat rows to fill batches or leave
+the last ones out: all of it changes the loss that φ depends on. So every row reports sums under its number, each row
+counts once, and a set of which rows are missing is an error.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer
@@ -18,7 +22,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from distillm_ext.containers import LinearHead
 from distillm_ext.functional import distillation_loss
 from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
+from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.heads import Rows, Targets, TokenBatch, head_logits
+from distillm_ext.training.setup import prepare_split
 from distillm_ext.training.student import StudentForward
 from distillm_ext.training.teaching import DenseTeaching
 
@@ -75,29 +81,42 @@ def row_sums(
     return torch.zeros(num_rows, 3, dtype=ce.dtype, device=ce.device).index_add_(0, rows, values)
 
 
-@dataclass
-class ValidationTotals:
-    """Totals over the rows seen so far."""
+class RowTotals:
+    """Sums per row, by the row's number, from batches of any size and order on any number of processes."""
 
-    sums: Tensor | None = None
-    rows: int = 0
+    def __init__(self, device: torch.device) -> None:
+        self._rows = [torch.empty(0, dtype=torch.int64, device=device)]
+        self._sums = [torch.empty(0, 3, dtype=torch.float64, device=device)]
 
-    def add(self, per_row: Tensor) -> None:
-        """Adds the [B, 3] sums of one batch."""
-        totals = per_row.double().sum(dim=0)
-        self.sums = totals if self.sums is None else self.sums + totals
-        self.rows += len(per_row)
+    def add(self, rows: Tensor, sums: Tensor) -> None:
+        """Adds the [B, 3] sums of one batch; `rows` [B] are the numbers of its rows."""
+        self._rows.append(rows)
+        self._sums.append(sums.double())
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """Token-weighted means, named `prefix_loss` (nats per token) and `prefix_divergence`.
+    def collect(self, accelerator: Any) -> tuple[np.ndarray, np.ndarray]:
+        """→ (numbers [n], rising; sums [n, 3] float64) of the rows of all processes, each row once.
 
-        Raises:
-            ValueError: no target was seen, so there is nothing to average.
+        Every process calls it. A sum over the result does not depend on how the rows were dealt out.
         """
-        ce, divergence, count = self.sums.tolist() if self.sums is not None else (0.0, 0.0, 0.0)
-        if count == 0:
-            raise ValueError("eval_dataset: holds no response token; check its loss_mask and max_length")
-        return {f"{prefix}_loss": ce / count, f"{prefix}_divergence": divergence / count, f"{prefix}_tokens": count}
+        rows, sums = torch.cat(self._rows), torch.cat(self._sums)
+        if accelerator.num_processes > 1:
+            rows = accelerator.gather(accelerator.pad_across_processes(rows, dim=0, pad_index=-1))
+            sums = accelerator.gather(accelerator.pad_across_processes(sums, dim=0))
+        numbers, first = np.unique(rows.cpu().numpy(), return_index=True)
+        real = numbers >= 0
+        return numbers[real], sums.cpu().numpy()[first[real]]
+
+
+def token_means(sums: np.ndarray, prefix: str) -> dict[str, float]:
+    """Token-weighted means of [n, 3] row sums: `prefix_loss` (nats per token), `prefix_divergence`, `prefix_tokens`.
+
+    Raises:
+        ValueError: no target was seen, so there is nothing to average.
+    """
+    ce, divergence, count = sums.sum(axis=0).tolist() if len(sums) else (0.0, 0.0, 0.0)
+    if count == 0:
+        raise ValueError("eval_dataset: holds no response token; check its loss_mask and max_length")
+    return {f"{prefix}_loss": ce / count, f"{prefix}_divergence": divergence / count, f"{prefix}_tokens": count}
 
 
 class TokenWeightedEvaluation(Trainer):
@@ -106,10 +125,47 @@ class TokenWeightedEvaluation(Trainer):
     The class it is mixed into has `teaching`, `vocab_size`, `tail`, and `student`, a `StudentForward`.
     """
 
+    args: DistillationConfig
     student: StudentForward
     teaching: DenseTeaching
     vocab_size: int
     tail: str
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in the parent, over the whole set: `dataloader_drop_last` and `even_batches` concern training.
+
+        Args:
+            eval_dataset: None or a name is the trainer's own set. Another one may hold rows as `eval_dataset` of the
+                trainer does: they are tokenised and numbered here.
+        """
+        own = eval_dataset is None or isinstance(eval_dataset, str)
+        with self._whole_set(keep_workers=own):
+            return super().get_eval_dataloader(eval_dataset if own else self._numbered(eval_dataset, "eval_dataset"))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As `get_eval_dataloader`."""
+        with self._whole_set(keep_workers=False):
+            return super().get_test_dataloader(self._numbered(test_dataset, "test_dataset"))
+
+    def _numbered(self, dataset: Any, name: str) -> Dataset:
+        return prepare_split(dataset, self.processing_class, self.args, name)
+
+    @contextlib.contextmanager
+    def _whole_set(self, *, keep_workers: bool) -> Iterator[None]:
+        """Options under which a loader leaves no row out.
+
+        Without `even_batches` a process may have no last batch, and the others would wait for it in the forward pass.
+        The parent keeps a loader of persistent workers under one name for every set that it is handed: a set that is
+        none of the trainer's own must not get the loader of another.
+        """
+        args, accelerator = self.args, self.accelerator
+        before = args.dataloader_drop_last, args.dataloader_persistent_workers, accelerator.even_batches
+        args.dataloader_drop_last, accelerator.even_batches = False, True
+        args.dataloader_persistent_workers = before[1] and keep_workers
+        try:
+            yield
+        finally:
+            args.dataloader_drop_last, args.dataloader_persistent_workers, accelerator.even_batches = before
 
     def evaluation_loop(
         self,
@@ -119,21 +175,31 @@ class TokenWeightedEvaluation(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Cross-entropy and divergence over the whole set; no predictions are kept."""
+        """Cross-entropy and divergence over the whole set; no predictions are kept.
+
+        Raises:
+            RuntimeError: the loader left rows out.
+        """
         model: Any = self.model
         if not self.accelerator._models:  # evaluation before any training
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
-        totals = ValidationTotals()
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "eval", None)):  # some optimizers train with other weights than they give
+            optimizer.eval()
+        totals = RowTotals(self.args.device)
         for inputs in dataloader:
+            inputs = self._prepare_inputs(inputs)
             with torch.no_grad():
-                per_row = self._validate(model, self._prepare_inputs(inputs))
-            # gather_for_metrics drops the rows that Accelerate repeated to fill the last batch.
-            totals.add(self.accelerator.gather_for_metrics(per_row))
+                totals.add(inputs["row"], self._validate(model, inputs))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        metrics = totals.metrics(metric_key_prefix)
+        rows, sums = totals.collect(self.accelerator)
+        expected = len(dataloader.dataset)
+        if len(rows) != expected:
+            raise RuntimeError(f"{description}: {len(rows)} of {expected} rows were seen; the loader leaves rows out")
+        metrics = token_means(sums, metric_key_prefix)
         nothing: Any = None
-        return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=totals.rows)
+        return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=len(rows))
 
     def _validate(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         batch = TokenBatch.from_inputs(inputs)
