@@ -12,10 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distillm_ext.generation import arguments
-from distillm_ext.generation.decode import DecodeLoop, Request
-from distillm_ext.generation.forward import CausalForward, causal_model
+from distillm_ext.generation.decode import DecodeLoop
+from distillm_ext.generation.forward import CausalForward
+from distillm_ext.generation.hf import HfLoop
 from distillm_ext.generation.plan import longest_first
+from distillm_ext.generation.positions import limits_within, position_limit
 from distillm_ext.generation.record import Record
+from distillm_ext.generation.request import Request
 from distillm_ext.generation.sampling import SamplingParams
 
 
@@ -131,15 +134,16 @@ def _generate(
     """`generate` for prompts that end in the last column and whose lengths the host knows."""
     rows = len(lengths)
     arguments.check_rows(lengths)
-    defaults = getattr(causal_model(model), "generation_config", None)
+    forward = CausalForward(model, process_group)
+    defaults = getattr(forward.causal, "generation_config", None)
     limits = arguments.row_limits(max_new_tokens, rows, defaults)
+    limits = limits_within(limits, lengths, position_limit(forward.config), "the model's positions")
     ends = arguments.row_ends(eos_token_ids, rows, defaults)
     sampling = arguments.row_sampling(params, rows)
     keys = arguments.row_seeds(seeds, rows, sampling)
     for name, value in (("batch_size", batch_size), ("vocab_size", vocab_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected an int >= 1, got {value}")
-    forward = CausalForward(model, process_group)
     device = forward.device
     record = Record(rows, max(limits, default=0), device)
     with forward.ready():
@@ -155,7 +159,8 @@ def _generate(
                 sampling={n: v.to(device)[index] if isinstance(v, Tensor) else v for n, v in sampling.items()},
                 vocab_size=vocab_size,
             )
-            DecodeLoop(forward, request, batch_size or rows, record).run()
+            loop = DecodeLoop if forward.takes_rows else HfLoop
+            loop(forward, request, batch_size or rows, record).run()
         forward.keep_step()
     return _in_order(record, order if rows else [], pad_token_id)
 
