@@ -87,6 +87,8 @@ def _last_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 # What models call their cache of keys and values: transformers up to 5.23 says past_key_values, from 5.24 on cache.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
+# Models that find a token's place by the attention mask (ALiBi). Others that are not told positions count columns.
+_PLACE_BY_MASK = ("bloom", "mpt")
 # How else a model says that it can go on from what it has read.
 _STATE_ARGUMENTS = ("use_cache", "cache_params", "state", "mems")
 
@@ -102,7 +104,8 @@ class CausalForward:
         causal: the transformers model inside its wrappers.
         config: the model's configuration.
         device: where its inputs go.
-        takes_rows: whether it reads and writes a `RowCache`: keys and values, and nothing else, carry the past.
+        takes_rows: whether it reads and writes a `RowCache`: keys and values, and nothing else, carry the past, and
+            tokens are where they are told to be.
         keeps_state: whether a step needs only the newest token (otherwise it needs the whole text).
 
     Raises:
@@ -121,7 +124,9 @@ class CausalForward:
         self.accepts = set(inspect.signature(causal.forward).parameters)
         names = [name for name in _CACHE_ARGUMENTS if name in self.accepts]
         self.cache_argument = names[0] if names else None
-        self.takes_rows = bool(names) and not getattr(causal, "_is_stateful", False) and supports_rows(self.config)
+        placed = "position_ids" in self.accepts or getattr(self.config, "model_type", None) in _PLACE_BY_MASK
+        stateful = getattr(causal, "_is_stateful", False)
+        self.takes_rows = bool(names) and placed and not stateful and supports_rows(self.config)
         self.keeps_state = bool(names) or any(name in self.accepts for name in _STATE_ARGUMENTS)
         if not self.takes_rows and not isinstance(causal, GenerationMixin):
             raise ValueError(
@@ -167,5 +172,7 @@ class CausalForward:
     def keep_step(self) -> None:
         """Takes part in the forward passes of the other processes until all of them are done."""
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        options = {"attention_mask": torch.ones_like(token), "use_cache": False}
+        known = {name: value for name, value in options.items() if name in self.accepts}
         while self.lockstep.others_go_on():
-            self.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False, return_dict=True)
+            self.model(input_ids=token, return_dict=True, **known)
