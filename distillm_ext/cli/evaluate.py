@@ -32,12 +32,16 @@ def evaluate(
     from distillm_ext.cli.tables import print_results, report_progress
     from distillm_ext.evaluation.metrics import evaluate_student
     from distillm_ext.generation import SamplingParams
+    from distillm_ext.generation.positions import check_positions
 
     console = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with friendly_errors():
         student, other, tokenizer = _load(model, teacher, dtype, device)
         tokens = _rows(dataset, split, rows, tokenizer, max_prompt_length, max_length)
+        check_positions(
+            {"model": student, "teacher": other}, max_length, setting="--max-length", rows={Path(dataset).name: tokens}
+        )
         with report_progress(console) as progress:
             result = evaluate_student(
                 student,
@@ -47,6 +51,7 @@ def evaluate(
                 batch_size=batch_size,
                 generate_rows=generate,
                 max_new_tokens=max_new_tokens,
+                max_length=max_length,
                 sampling=SamplingParams(temperature=temperature),
                 seed=seed,
                 progress=progress,

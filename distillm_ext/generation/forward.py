@@ -47,8 +47,8 @@ def check_no_virtual_tokens(model: Any, name: str) -> None:
         if getattr(config, "is_prompt_learning", False):
             kind = getattr(config.peft_type, "value", config.peft_type)
             raise ValueError(
-                f"{name}: its adapter ({kind}) puts virtual tokens before the prompt, which is not supported; use LoRA or "
-                "another adapter of the weights"
+                f"{name}: its adapter ({kind}) puts virtual tokens before the prompt, which is not supported; use LoRA "
+                "or another adapter of the weights"
             )
 
 

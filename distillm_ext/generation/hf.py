@@ -56,12 +56,14 @@ class Done(StoppingCriteria):
 def routed(causal: Any, call: Callable[..., Any]) -> Any:
     """The same model, its calls led through `call`, without generation settings of its own.
 
-    `generate` calls the model it belongs to. A wrapper around that model (PEFT, FSDP) has to be called instead, and other
-    processes told of it. The view shares modules and parameters with `causal`, and leaves it as it is.
+    `generate` calls the model it belongs to. A wrapper around that model (PEFT, FSDP) has to be called instead, and
+    other processes told of it. The view shares modules and parameters with `causal`, and leaves it as it is.
     """
     kind = type(causal)
     # Made without the class's own `__new__`: that of FSDP2 builds a model anew.
-    view = object.__new__(type(kind.__name__, (kind,), {"__call__": lambda self, *args, **inputs: call(*args, **inputs)}))
+    view: Any = object.__new__(
+        type(kind.__name__, (kind,), {"__call__": lambda self, *args, **inputs: call(*args, **inputs)})
+    )
     view.__dict__.update(causal.__dict__)
     view.generation_config = GenerationConfig()
     return view
@@ -79,6 +81,7 @@ class HfLoop:
 
     def __init__(self, forward: CausalForward, request: Request, slots: int, record: Record) -> None:
         self.request, self.slots, self.record = request, slots, record
+        self.causal = forward.causal
         self.model = routed(forward.causal, forward.call)
         self.settings = GenerationConfig(
             max_new_tokens=record.width, do_sample=False, use_cache=forward.keeps_state, pad_token_id=0
@@ -90,6 +93,7 @@ class HfLoop:
             rows = torch.arange(first, last, device=self.request.prompts.device)
             ids = self.request.prompts[first:last, -self.request.lengths[first] :]
             draw = Draw(self.request, rows, self.record)
+            self._forget(len(ids))
             self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -99,3 +103,10 @@ class HfLoop:
                 # Processes keep step by `Lockstep`: they differ in the number of groups, not in that of tokens alone.
                 synced_gpus=False,
             )
+
+    def _forget(self, rows: int) -> None:
+        """Clears states that a model keeps in its modules (RecurrentGemma): it takes a prompt of one token for a step
+        that goes on from the last call."""
+        clear = getattr(self.causal, "_setup_cache", None)
+        if clear is not None:
+            clear(self.causal.config, rows, self.request.prompts.device, self.causal.dtype)

@@ -9,7 +9,16 @@ from distillm_ext.generation.forward import causal_model
 
 # What configurations call the number of positions; most alias theirs to the first. Models without an entry (ALiBi,
 # recurrent ones) have no limit.
-_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_target_positions", "n_ctx")
+_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",
+    "n_ctx",
+)
+_TOKEN_COLUMNS = {"input_ids", "loss_mask", "prompt_length"}
+_ROWS_AT_ONCE = 4096
 
 
 def position_limit(config: Any) -> int | None:
@@ -52,24 +61,57 @@ def limits_within(limits: Sequence[int], lengths: Sequence[int], most: int | Non
     return [min(limit, most - length) for limit, length in zip(limits, lengths, strict=True)]
 
 
-def check_positions(models: Mapping[str, Any], max_length: int, *, setting: str = "max_length") -> None:
+def check_positions(
+    models: Mapping[str, Any],
+    max_length: int,
+    *,
+    setting: str = "max_length",
+    rows: Mapping[str, Any] | None = None,
+) -> None:
     """Refuses a run whose texts may be longer than one of its models can read.
 
     Args:
         models: by the name that the message gives them; None is skipped.
         max_length: most tokens of prompt and response.
         setting: what the message calls it.
+        rows: token rows by their name, which `max_length` does not cut; what are no token rows is not looked at.
 
     Raises:
-        ValueError: names the model, its limit and the setting.
+        ValueError: names the model, its limit, and the setting or the row.
 
     Example:
         >>> check_positions({"student": student, "teacher": teacher}, args.max_length)
     """
+    limits = {}
     for name, model in models.items():
         limit = None if model is None else position_limit(causal_model(model).config)
-        if limit is not None and max_length > limit:
+        if limit is None:
+            continue
+        if max_length > limit:
+            kind = type(causal_model(model)).__name__
             raise ValueError(
-                f"{setting}: expected at most {limit}, the positions that the {name} has ({type(causal_model(model)).__name__}"
-                f"), got {max_length}; lower {setting}, or take a model for longer texts"
+                f"{setting}: expected at most {limit}, the positions of the {name} ({kind}), got {max_length}; lower "
+                f"{setting}, or take a model for longer texts"
             )
+        limits[name] = limit
+    if limits:
+        least = min(limits, key=lambda name: limits[name])
+        for source, dataset in (rows or {}).items():
+            _check_rows(dataset, source, least, limits[least])
+
+
+def _check_rows(dataset: Any, source: str, name: str, limit: int) -> None:
+    if not _TOKEN_COLUMNS <= set(getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "with_format"):
+        return
+    from pyarrow import compute
+
+    first = 0
+    for part in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+        lengths = compute.list_value_length(part["input_ids"]).to_numpy()
+        if len(lengths) and lengths.max() > limit:
+            row = int((lengths > limit).argmax())
+            raise ValueError(
+                f"{source}: row {first + row + 1} has {lengths[row]} tokens, more than the {limit} positions of the {name};"
+                " shorten it, or take a model for longer texts"
+            )
+        first += len(lengths)

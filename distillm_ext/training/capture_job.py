@@ -16,6 +16,7 @@ from datasets import Dataset, concatenate_datasets
 
 from distillm_ext.compression import checked_temperatures
 from distillm_ext.containers_compressed import METHODS
+from distillm_ext.generation.positions import check_positions
 from distillm_ext.packing import CODECS
 from distillm_ext.teacher import (
     CacheSpec,
@@ -144,6 +145,7 @@ def capture(
     tokenizer = load_tokenizer(settings.teacher)
     rows = token_rows(settings, tokenizer)
     teacher = ModelTeacher(load_teacher(settings.teacher, settings.dtype), device=processes.device)
+    check_positions({"teacher": teacher.model}, settings.max_length, rows={"dataset": rows})
     teacher.verify(rows[0]["input_ids"][:16])
     spec = cache_spec(settings, teacher.model, tokenizer, rows)
     check_seed(settings)

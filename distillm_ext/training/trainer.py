@@ -104,6 +104,8 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         setup.check_arguments(model, teacher, args, processing_class)
         setup.check_processes(args)
         tokenizer: Any = processing_class
+        models: dict[str, Any] = {"student": model, "teacher": teacher}
+        setup.check_lengths(args, models, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         super().__init__(
             model=model,
@@ -122,6 +124,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         with self.accelerator.autocast():
             setup.verify_heads(dataset, self.teacher, self.student)
         self.vocab_size = setup.compared_vocabulary(self.student.model, teacher, self.teacher_cache, tokenizer)
+        self.eos_token_ids = setup.response_ends(args, tokenizer, models, self.train_dataset)
         self.compression = teaching_setup.compression(args, self.teacher_cache, self.vocab_size)
         if self.teacher is None and self.teacher_cache is not None:
             teaching_setup.check_cache_alone(args, self.teacher_cache, self.train_dataset, self.eval_dataset)
