@@ -126,13 +126,18 @@ class CausalForward:
         self.cache_argument = names[0] if names else None
         placed = "position_ids" in self.accepts or getattr(self.config, "model_type", None) in _PLACE_BY_MASK
         stateful = getattr(causal, "_is_stateful", False)
-        self.takes_rows = bool(names) and placed and not stateful and supports_rows(self.config)
+        caches = bool(names) and "use_cache" in self.accepts
+        self.takes_rows = caches and placed and not stateful and supports_rows(self.config)
         self.keeps_state = bool(names) or any(name in self.accepts for name in _STATE_ARGUMENTS)
         if not self.takes_rows and not isinstance(causal, GenerationMixin):
+            obstacle = "carries its past in more than keys and values"
+            if not names:
+                obstacle = "takes neither cache nor past_key_values"
+            elif not placed:
+                obstacle = "takes no position_ids"
             raise ValueError(
-                f"model: {type(causal).__name__} carries its past in something else than a cache of keys and values, "
-                "which transformers' own generate would serve, and it has none; derive it from PreTrainedModel and "
-                "GenerationMixin"
+                f"model: {type(causal).__name__}.forward {obstacle}, so only transformers' own generate could run it, "
+                "and it has none; derive the model from transformers' PreTrainedModel and GenerationMixin"
             )
 
     @contextlib.contextmanager

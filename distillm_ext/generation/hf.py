@@ -19,6 +19,9 @@ from distillm_ext.generation.plan import equal_length_groups
 from distillm_ext.generation.record import Record
 from distillm_ext.generation.request import Request
 
+# transformers' RWKV adds the states of all rows to every row of a step (a missing dimension): one row at a time.
+_ONE_ROW = ("rwkv",)
+
 
 class Draw(LogitsProcessor):
     """Draws a token per row and leaves `generate` no other choice.
@@ -80,7 +83,8 @@ class HfLoop:
     """
 
     def __init__(self, forward: CausalForward, request: Request, slots: int, record: Record) -> None:
-        self.request, self.slots, self.record = request, slots, record
+        self.request, self.record = request, record
+        self.slots = 1 if getattr(forward.config, "model_type", None) in _ONE_ROW else slots
         self.causal = forward.causal
         self.model = routed(forward.causal, forward.call)
         self.settings = GenerationConfig(

@@ -111,7 +111,7 @@ def _check_rows(dataset: Any, source: str, name: str, limit: int) -> None:
         if len(lengths) and lengths.max() > limit:
             row = int((lengths > limit).argmax())
             raise ValueError(
-                f"{source}: row {first + row + 1} has {lengths[row]} tokens, more than the {limit} positions of the {name};"
-                " shorten it, or take a model for longer texts"
+                f"{source}: row {first + row + 1} has {lengths[row]} tokens, more than the {limit} positions of the "
+                f"{name}; shorten it, or take a model for longer texts"
             )
         first += len(lengths)

@@ -179,8 +179,8 @@ def check_lengths(args: DistillationConfig, models: Mapping[str, Any], datasets:
         full = np.flatnonzero(lengths >= args.max_length)
         if len(full):
             raise ValueError(
-                f"train_dataset: the prompt of row {full[0] + 1} has {lengths[full[0]]} tokens, which leave no room for "
-                f"a response within max_length={args.max_length}; shorten it, or raise max_length"
+                f"train_dataset: the prompt of row {full[0] + 1} has {lengths[full[0]]} tokens, which leave no room "
+                f"for a response within max_length={args.max_length}; shorten it, or raise max_length"
             )
 
 
