@@ -1,4 +1,4 @@
-"""Generates on two processes, under FSDP2 (attention alone, and with convolutions beside it) and under DDP: torchrun … generation_worker.py OUT. Results are files."""
+"""Generates on two processes, under FSDP2 and under DDP: torchrun … generation_worker.py OUT. Results are files."""
 
 from __future__ import annotations
 

@@ -61,6 +61,16 @@ def limits_within(limits: Sequence[int], lengths: Sequence[int], most: int | Non
     return [min(limit, most - length) for limit, length in zip(limits, lengths, strict=True)]
 
 
+def _limits(models: Mapping[str, Any]) -> dict[str, int]:
+    found = {name: position_limit(causal_model(model).config) for name, model in models.items() if model is not None}
+    return {name: limit for name, limit in found.items() if limit is not None}
+
+
+def length_within(models: Mapping[str, Any], most: int) -> int:
+    """`most` tokens, or as many as every one of the models (None is skipped) has positions for."""
+    return min([most, *_limits(models).values()])
+
+
 def check_positions(
     models: Mapping[str, Any],
     max_length: int,
@@ -82,18 +92,15 @@ def check_positions(
     Example:
         >>> check_positions({"student": student, "teacher": teacher}, args.max_length)
     """
-    limits = {}
-    for name, model in models.items():
-        limit = None if model is None else position_limit(causal_model(model).config)
-        if limit is None:
-            continue
+    limits = _limits(models)
+    for name, limit in limits.items():
         if max_length > limit:
+            model = models[name]
             kind = type(causal_model(model)).__name__
             raise ValueError(
                 f"{setting}: expected at most {limit}, the positions of the {name} ({kind}), got {max_length}; lower "
                 f"{setting}, or take a model for longer texts"
             )
-        limits[name] = limit
     if limits:
         least = min(limits, key=lambda name: limits[name])
         for source, dataset in (rows or {}).items():
