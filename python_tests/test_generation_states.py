@@ -52,11 +52,26 @@ def test_rows_of_a_padded_batch_are_as_alone(name):
     params = SamplingParams(temperature=1.3, top_k=20, top_p=0.9)
     seeds = [5, -3, 2**62, 7, 8, 9, 10]
     found = generate(model, ids, mask, params, seeds, batch_size=2, **options)
-    assert_rows(found, model, ids, mask, limits, params, seeds, ends=(EOS, 9, 30))
-    # Nothing of a call is left for the next one, which begins with the prompts of one token.
+    # Nothing of a call is left for the next one, whose prompts of one token look like a step that goes on.
     short = [2, 5]
     again = generate(model, ids[short], mask[short], GREEDY, max_new_tokens=4, eos_token_ids=())
+    assert_rows(found, model, ids, mask, limits, params, seeds, ends=(EOS, 9, 30))
     assert_rows(again, model, ids[short], mask[short], [4, 4])
+
+
+class Forgetful(transformers.LlamaForCausalLM):
+    """Reads the whole text at every step."""
+
+    def forward(self, input_ids, attention_mask=None, return_dict=None):
+        return super().forward(input_ids, attention_mask=attention_mask, use_cache=False)
+
+
+def test_a_model_without_any_cache_reads_the_whole_text():
+    torch.manual_seed(3)
+    model = Forgetful(transformers.LlamaConfig(**LLAMA)).eval()
+    ids, mask = prompts([3, 7, 3])
+    found = generate(model, ids, mask, GREEDY, max_new_tokens=5, eos_token_ids=())
+    assert_rows(found, model, ids, mask, [5] * 3)
 
 
 def test_parameters_ends_and_vocabulary_by_row():

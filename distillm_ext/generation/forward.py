@@ -172,6 +172,8 @@ class CausalForward:
     def call(self, **inputs: Any) -> Any:
         """One forward pass of the wrapped model, announced to the other processes."""
         self.lockstep.tick()
+        if "use_cache" not in self.accepts:
+            inputs.pop("use_cache", None)  # transformers' generate says so to every model
         return self.model(**inputs)
 
     def keep_step(self) -> None:
