@@ -73,19 +73,24 @@ def generate(
     batch_size: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> GeneratedTokens:
-    """Generates one response per prompt: evaluation mode, no gradient, key-value cache.
+    """Generates one response per prompt: evaluation mode, no gradient, nothing computed twice where the model can go on.
 
     Prompts are sorted by length and prefilled in groups of like length. Rows that are done leave the batch and the
     cache, and waiting prompts take their places. Token number t of a row is drawn by `distillm_ext.sample_tokens` from
     (its logits, its parameters, its seed, t): no global generator is used, and neighbours matter only as far as the
     rounding of a matrix product depends on its shape.
 
+    Models whose past is more than keys and values (recurrent, convolutional, chunked attention), or that cannot be told
+    positions, run through transformers' own `generate` with the same draw, prompts of one length together: nothing is
+    padded. Prompt and response stay within the model's positions (`max_position_embeddings`); a row that reaches them
+    stops there, `finished` False.
+
     Works under autocast and with DDP, FSDP (1 and 2), `torch.compile` and PEFT wrappers around the model. With FSDP
     every process must call it, also one that has no prompts ([0, anything] input_ids): all run the same number of
     forward passes.
 
     Args:
-        model: a causal language model of transformers with a key-value cache. Its training mode is restored.
+        model: a causal language model of transformers. Its training mode is restored.
         input_ids: [rows, S] int64, padded on either side.
         attention_mask: [rows, S], 1 (or True) at tokens, 0 at padding; None where nothing is padding.
         params: sampling parameters, one for all rows or one per row.
@@ -103,7 +108,8 @@ def generate(
         `GeneratedTokens`.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind, shape or range; the message names it.
+        TypeError, ValueError: an argument is of the wrong kind, shape or range, or a prompt fills the model's positions;
+            the message names it.
 
     Example:
         >>> found = generate(model, torch.tensor([[5, 6], [0, 7]]), torch.tensor([[1, 1], [0, 1]]),
