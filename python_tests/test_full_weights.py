@@ -5,7 +5,10 @@ import copy
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from trainer_world import tiny_model
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
@@ -66,6 +69,26 @@ def test_names_and_values_are_those_of_the_merged_model(kind, tied):
     torch.manual_seed(7)
     model = tiny_model(1, layers=2, tied=tied)
     assert_merged(stir(peft.get_peft_model(model, copy.deepcopy(ADAPTERS[kind]), adapter_name="pupil")))
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "embedding", "head_saved", "token_rows"])
+def test_sharded_parameters_are_gathered(one_process, kind):
+    torch.manual_seed(7)
+    student = stir(peft.get_peft_model(tiny_model(1, tied=kind == "embedding"), copy.deepcopy(ADAPTERS[kind])))
+    _, expected = merged_weights(student)
+    for layer in student.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(student)
+    found = {name: tensor.clone() for name, tensor in full_weights(student)}
+    assert found.keys() == expected.keys() and not any(isinstance(tensor, DTensor) for tensor in found.values())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_only_active_adapters_count_and_none_where_they_are_off():

@@ -79,17 +79,9 @@ def data_ends(tokenizer: Any, rows: Any, *, max_length: int | None) -> set[int]:
     them (the end of a thought stands within). Where the tokenizer does not call it special, it must end half of the
     rows: an added word that a text happens to end with is no end.
     """
-    taken = rows.select(range(0, len(rows), -(-len(rows) // SCANNED_ROWS) or 1)).with_format("numpy")
-    last: Counter[int] = Counter()
-    inside: Counter[int] = Counter()
+    last, inside = _closing_tokens(rows, max_length)
     special = set(tokenizer.all_special_ids) - {getattr(tokenizer, "unk_token_id", None)}
     added = {token: entry.special for token, entry in getattr(tokenizer, "added_tokens_decoder", {}).items()}
-    candidates = np.array(sorted({*special, *added}), dtype=np.int64)
-    for row in taken:
-        response = np.asarray(row["input_ids"])[int(row["prompt_length"]) :]
-        if len(response) and (max_length is None or len(row["input_ids"]) < max_length):
-            last[int(response[-1])] += 1
-            inside.update(response[:-1][np.isin(response[:-1], candidates)].tolist())
     rows_told = last.total()
     return {
         token
@@ -97,6 +89,26 @@ def data_ends(tokenizer: Any, rows: Any, *, max_length: int | None) -> set[int]:
         if count > inside[token]
         and (token in special or added.get(token) or (token in added and 2 * count > rows_told))
     }
+
+
+def _closing_tokens(rows: Any, max_length: int | None) -> tuple[Counter[int], Counter[int]]:
+    """How often each token ends a response, and how often such a token stands within one."""
+    from pyarrow import compute
+
+    step = -(-len(rows) // SCANNED_ROWS) or 1
+    table = (
+        rows.select(range(0, len(rows), step)).select_columns(["input_ids", "prompt_length"]).with_format("arrow")[:]
+    )
+    ids = table["input_ids"].combine_chunks()
+    lengths, prompts = compute.list_value_length(ids).to_numpy(), table["prompt_length"].to_numpy()
+    whole = (lengths > prompts) & (lengths < (max_length or lengths.max(initial=0) + 1))
+    tokens, stops = ids.flatten().to_numpy(), lengths.cumsum()
+    ends = tokens[stops[whole] - 1]
+    place = np.arange(len(tokens)) - np.repeat(stops - lengths, lengths)
+    within = (
+        np.repeat(whole, lengths) & (place >= np.repeat(prompts, lengths)) & (place < np.repeat(lengths - 1, lengths))
+    )
+    return Counter(ends.tolist()), Counter(tokens[within & np.isin(tokens, ends)].tolist())
 
 
 def name_ends(model: Any, ends: Iterable[int]) -> None:

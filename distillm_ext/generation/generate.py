@@ -73,7 +73,7 @@ def generate(
     batch_size: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> GeneratedTokens:
-    """Generates one response per prompt: evaluation mode, no gradient, nothing computed twice where the model can go on.
+    """Generates one response per prompt: evaluation mode, no gradient, with the model's cache.
 
     Prompts are sorted by length and prefilled in groups of like length. Rows that are done leave the batch and the
     cache, and waiting prompts take their places. Token number t of a row is drawn by `distillm_ext.sample_tokens` from
@@ -108,8 +108,8 @@ def generate(
         `GeneratedTokens`.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind, shape or range, or a prompt fills the model's positions;
-            the message names it.
+        TypeError, ValueError: an argument is of the wrong kind, shape or range, or a prompt fills the model's
+            positions; the message names it.
 
     Example:
         >>> found = generate(model, torch.tensor([[5, 6], [0, 7]]), torch.tensor([[1, 1], [0, 1]]),
