@@ -21,6 +21,7 @@ CASES = {
     "fewer_prompts": (([3, 5, 2, 7, 1], [4, 6, 3, 1, 5]), ([5], [2])),
     "no_prompts": (([], []), ([4, 2, 6], [3, 7, 1])),
 }
+WRAPPERS = {"fsdp2": "llama", "fsdp2_hybrid": "lfm2", "ddp": "llama"}
 
 
 def world_prompts(case, rank):
@@ -33,7 +34,7 @@ def world_prompts(case, rank):
 
 
 def wrapped(name):
-    model = make("llama")
+    model = make(WRAPPERS[name])
     if name == "ddp":
         return DistributedDataParallel(model)
     for layer in model.model.layers:
@@ -44,7 +45,7 @@ def wrapped(name):
 def main(out):
     dist.init_process_group("gloo")
     rank, report = dist.get_rank(), {}
-    for name in ("fsdp2", "ddp"):
+    for name in WRAPPERS:
         model = wrapped(name)
         inner = model.module if name == "ddp" else model
         passes = []

@@ -118,3 +118,18 @@ def test_dtypes(world, tmp_path):
     assert loaded({"keep_layers": 2}) == (torch.float32, torch.bfloat16)
     assert loaded({"keep_layers": 2, "dtype": "auto"})[0] == torch.bfloat16
     assert loaded({"name": str(half), "dtype": "bfloat16"})[0] == torch.bfloat16
+
+
+def test_an_adapter_keeps_what_ends_a_response(tmp_path):
+    from trainer_world import EOS, tiny_config, tiny_model, tiny_trainer
+
+    base = tiny_model(1)
+    base.save_pretrained(tmp_path / "base")
+    student = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer = tiny_trainer(tiny_config(tmp_path / "out", max_steps=1), model=student)
+    trainer.model.get_base_model().generation_config.eos_token_id = [EOS, 9]
+    trainer.save_model(str(tmp_path / "final"))
+    assert load_teacher(tmp_path / "final").generation_config.eos_token_id == [EOS, 9]

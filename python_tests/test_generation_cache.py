@@ -9,7 +9,7 @@ from transformers import DynamicCache, Lfm2Config, Llama4TextConfig, LlamaConfig
 
 from distillm_ext.generation.cache import RowCache, column_mask, supports_rows
 from distillm_ext.generation.flags import FinishedFlags
-from distillm_ext.generation.plan import longest_first, prefill_groups
+from distillm_ext.generation.plan import equal_length_groups, longest_first, prefill_groups
 
 
 def states(rows, count, seed):
@@ -89,12 +89,17 @@ def test_prefill_groups_hold_so_many_tokens():
     assert longest_first([2, 5, 5, 1]) == [1, 2, 0, 3]
 
 
+def test_groups_of_equal_length():
+    lengths = [7, 7, 7, 4, 4, 1]
+    assert equal_length_groups(lengths, 2) == [(0, 2), (2, 3), (3, 5), (5, 6)]
+    assert equal_length_groups(lengths, 9) == [(0, 3), (3, 5), (5, 6)]
+    assert equal_length_groups([], 3) == []
+
+
 def test_flags_come_at_once_on_the_cpu_and_a_step_later_elsewhere():
     flags = FinishedFlags(torch.device("cpu"))
     flags.push([4, 7], torch.tensor([True, False]))
     assert flags.read() == {7} and flags.read() == set()
-    flags.defer({7})
-    assert flags.read() == {7}
     flags.lag = 1
     flags.push([4, 5], torch.tensor([False, True]))
     assert flags.read() == set()

@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from generation_worker import CASES, world_prompts
+from generation_worker import CASES, WRAPPERS, world_prompts
 from test_decode import GREEDY, assert_rows, make, prompts
 from torch import nn
 
@@ -157,16 +157,18 @@ def out(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("wrapper", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_processes_generate_what_one_would(out, case, wrapper):
     for rank, report in enumerate(out):
         ids, mask, options = world_prompts(case, rank)
-        expected = generate(make("llama"), ids, mask, SamplingParams(), range(len(ids)), **options)
+        expected = generate(make(WRAPPERS[wrapper]), ids, mask, SamplingParams(), range(len(ids)), **options)
         assert report[wrapper][case]["tokens"] == expected.tokens.tolist()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_sharded_processes_run_as_many_passes(out, case):
+    hybrid = [report["fsdp2_hybrid"][case]["passes"] for report in out]
+    assert hybrid[0] == hybrid[1] > 0
     passes = [report["fsdp2"][case]["passes"] for report in out]
     assert passes[0] == passes[1] > 0
     unsharded = [report["ddp"][case]["passes"] for report in out]

@@ -25,7 +25,12 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the generated responses.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_prompt_length: Annotated[int, typer.Option(min=1, help="Longer prompts lose their beginning.")] = 256,
-    max_length: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response.")] = 512,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Most tokens of prompt and response; 512, or fewer where a model has fewer positions."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a generated response.")] = 128,
     dtype: Annotated[str, typer.Option(help=f"Of both models: {DTYPE_HELP}")] = "float32",
     output: Annotated[Path | None, typer.Option(callback=expanded, help="Write the metrics to this JSON file.")] = None,
@@ -38,12 +43,16 @@ def evaluate(
     from distillm_ext.cli.tables import print_results, report_progress
     from distillm_ext.evaluation.metrics import evaluate_student
     from distillm_ext.generation import SamplingParams
+    from distillm_ext.generation.positions import check_positions, length_within
 
     console = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with friendly_errors():
         student, other, tokenizer = _load(model, teacher, dtype, device)
-        tokens = _rows(dataset, split, rows, tokenizer, max_prompt_length, max_length)
+        models = {"model": student, "teacher": other}
+        most = length_within(models, 512) if max_length is None else max_length
+        tokens = _rows(dataset, split, rows, tokenizer, max_prompt_length, most)
+        check_positions(models, most, setting="--max-length", rows={Path(dataset).name: tokens})
         with report_progress(console) as progress:
             result = evaluate_student(
                 student,
@@ -53,6 +62,7 @@ def evaluate(
                 batch_size=batch_size,
                 generate_rows=generate,
                 max_new_tokens=max_new_tokens,
+                max_length=most,
                 sampling=SamplingParams(temperature=temperature),
                 seed=seed,
                 progress=progress,

@@ -22,6 +22,9 @@ from transformers import PreTrainedModel
 
 from distillm_ext.functional import distillation_loss
 from distillm_ext.generation import SamplingParams, generate_responses
+from distillm_ext.generation.ends import end_token_ids
+from distillm_ext.generation.forward import check_no_virtual_tokens
+from distillm_ext.generation.positions import limits_within
 from distillm_ext.models.vocabulary import check_dataset_ids, compared_vocabulary, padding_id
 
 Progress = Callable[[str, int, int], None]
@@ -63,6 +66,7 @@ def evaluate_student(
     batch_size: int = 8,
     generate_rows: int = 0,
     max_new_tokens: int = 128,
+    max_length: int | None = None,
     sampling: SamplingParams | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -76,7 +80,8 @@ def evaluate_student(
         teacher: the model to compare with; None leaves kl and agreement nan.
         batch_size: rows per forward and per generation pass.
         generate_rows: responses are generated for that many rows from the first; 0 leaves rouge_l nan.
-        max_new_tokens: most tokens of a generated response.
+        max_new_tokens: most tokens of a generated response. It ends where those of training do (`end_token_ids`).
+        max_length: most tokens of prompt and response, to which the rows were cut; None is the model's own limit.
         sampling: how responses are drawn; None is greedy.
         seed: of the draws; a row's response depends on (seed, row number) alone.
         progress: called with (stage, rows done, rows in all).
@@ -91,8 +96,10 @@ def evaluate_student(
     for name, value, least in (("batch_size", batch_size, 1), ("generate_rows", generate_rows, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}: expected an int >= {least}, got {value!r}")
+    for name, model in (("student", student), ("teacher", teacher)):
+        check_no_virtual_tokens(model, name)
     vocab_size = compared_vocabulary(tokenizer, student=student, teacher=teacher)
-    models = {"model": student, "teacher": teacher}
+    models = {"student": student, "teacher": teacher}
     check_dataset_ids(rows, "rows", tokenizer, models=models, vocab_size=vocab_size)
     kl, cross_entropy, agreement, tokens = divergence_metrics(
         student,
@@ -112,6 +119,10 @@ def evaluate_student(
             tokenizer,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            eos_token_ids=end_token_ids(
+                tokenizer, {"student": student, "teacher": teacher}, rows, max_length=max_length, source="rows"
+            ),
             sampling=sampling or SamplingParams(temperature=0.0),
             seed=seed,
             progress=progress,
@@ -227,20 +238,29 @@ def generate_texts(
     max_new_tokens: int,
     sampling: SamplingParams,
     seed: int,
+    max_length: int | None = None,
+    eos_token_ids: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Responses of the student to the prompts of token rows, and the rows' own responses, as text."""
-    ends = _end_ids(student, tokenizer)
+    """Responses of the student to the prompts of token rows, and the rows' own responses, as text.
+
+    `max_length` bounds prompt and response; `eos_token_ids` None is what tokenizer, student and rows say.
+    """
+    ends = eos_token_ids
+    if ends is None:
+        ends = end_token_ids(tokenizer, {"student": student}, rows, max_length=max_length, source="rows")
     vocab_size = compared_vocabulary(tokenizer, student=student)
     responses: list[list[int]] = []
     for start in range(0, len(rows), batch_size):
         batch = rows.select(range(start, min(start + batch_size, len(rows))))
         prompts = [row["input_ids"][: row["prompt_length"]] for row in batch]
+        lengths = [len(prompt) for prompt in prompts]
+        limits = limits_within([max_new_tokens] * len(prompts), lengths, max_length, "max_length")
         generated = generate_responses(
             student,
             prompts,
             sampling,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=limits,
             eos_token_ids=ends,
             pad_token_id=padding_id(tokenizer, student),
             vocab_size=vocab_size,
@@ -251,13 +271,6 @@ def generate_texts(
             progress("responses", len(responses), len(rows))
     references = [row["input_ids"][row["prompt_length"] :] for row in rows]
     return _decode(tokenizer, responses), _decode(tokenizer, references)
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """End tokens of the tokenizer and of the model's generation configuration."""
-    declared = getattr(model.generation_config, "eos_token_id", None)
-    many = declared if isinstance(declared, list) else [declared]
-    return sorted({index for index in (tokenizer.eos_token_id, *many) if index is not None})
 
 
 def _decode(tokenizer: Any, rows: list[list[int]]) -> list[str]:

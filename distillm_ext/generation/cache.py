@@ -139,15 +139,6 @@ def supports_rows(config: Any) -> bool:
     )
 
 
-def select_rows(cache: DynamicCache, indices: Tensor) -> None:
-    """Keeps the rows `indices` of any transformers cache, copying it whole.
-
-    `reorder_cache` rather than `batch_select_indices`: layers with a recurrent state beside their keys reorder both,
-    but select in their keys alone.
-    """
-    cache.reorder_cache(indices)  # type: ignore[arg-type]
-
-
 def column_mask(starts: Tensor, width: int) -> Tensor:
     """[rows, width] int64 attention mask: 1 from each row's own start on."""
     return (torch.arange(width, device=starts.device) >= starts.unsqueeze(1)).long()

@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from distillm_ext.generation.cache import RowCache, column_mask, select_rows, supports_rows
+from distillm_ext.generation.cache import RowCache, column_mask
 from distillm_ext.generation.flags import FinishedFlags
 from distillm_ext.generation.forward import CausalForward
 from distillm_ext.generation.plan import pass_cost, prefill_groups
 from distillm_ext.generation.record import Record
-from distillm_ext.sampling import sample_tokens
-
-# A cache that copies itself whole when rows leave is shrunk once a quarter of its rows are done.
-_SHRINK_AT = 0.75
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate, one entry per row; rows are ordered by falling prompt length.
-
-    Attributes:
-        prompts: [rows, longest] int64, every prompt ends in the last column.
-        lengths: prompt lengths, on the host.
-        limits: most new tokens per row, [rows] int64.
-        ends: [rows, e] int64, tokens that end a row, filled up with −1.
-        seeds: [rows] int64.
-        sampling: arguments of `sample_tokens`: numbers, or [rows] tensors.
-        vocab_size: only ids below it are generated, or None.
-    """
-
-    prompts: Tensor
-    lengths: list[int]
-    limits: Tensor
-    ends: Tensor
-    seeds: Tensor
-    sampling: dict[str, Any]
-    vocab_size: int | None = None
-
-    def sampling_of(self, rows: Tensor) -> dict[str, Any]:
-        """The arguments of `sample_tokens` for some of the rows."""
-        return {name: v[rows] if isinstance(v, Tensor) else v for name, v in self.sampling.items()}
+from distillm_ext.generation.request import Request
 
 
 class DecodeLoop:
@@ -75,8 +41,7 @@ class DecodeLoop:
         self.flags = FinishedFlags(device)
         # Prompt, and one column per token: a batch that outlives that moves its columns to the left.
         self.columns = max(request.lengths) + record.width
-        self.in_place = supports_rows(forward.config)
-        self.cache: Any = RowCache(forward.config, self.slots, self.columns) if self.in_place else None
+        self.cache = RowCache(forward.config, self.slots, self.columns)
 
     def run(self) -> None:
         """Until every row is done."""
@@ -94,7 +59,7 @@ class DecodeLoop:
         if not self.waiting or not self.rows:
             return bool(self.waiting)
         free = self.slots - len(self.rows)
-        return self.in_place and free >= min(len(self.waiting), max(1, self.slots // 4))
+        return free >= min(len(self.waiting), max(1, self.slots // 4))
 
     def _admit(self) -> None:
         count = min(self.slots - len(self.rows), len(self.waiting))
@@ -102,13 +67,7 @@ class DecodeLoop:
         lengths = [self.request.lengths[row] for row in joining]
         if not self.rows:
             self.stop = lengths[0]
-            if not self.in_place:
-                self.cache = DynamicCache(config=self.forward.config)
-        if self.in_place:
-            groups = prefill_groups(lengths, cost=pass_cost(self.forward.device))
-        else:
-            groups = [(0, count)]
-        for first, last in groups:
+        for first, last in prefill_groups(lengths, cost=pass_cost(self.forward.device)):
             self._prefill(joining[first:last])
 
     def _prefill(self, joining: list[int]) -> None:
@@ -122,7 +81,7 @@ class DecodeLoop:
         positions = (torch.arange(width, device=device) - padding.unsqueeze(1)).clamp_(min=0)
         left = self.stop - width
         self._aim(len(self.rows), len(self.rows) + len(joining), left, left)
-        if self.in_place and left > 0:
+        if left > 0:
             self.cache.clear(slice(len(self.rows), len(self.rows) + len(joining)), slice(0, left))
         ids = request.prompts[rows, request.prompts.shape[1] - width :]
         logits = self.forward(ids, mask, positions, self.cache)
@@ -136,16 +95,15 @@ class DecodeLoop:
         self._sample(logits, slice(len(self.rows) - len(joining), None))
 
     def _aim(self, first: int, last: int, start: int, stop: int) -> None:
-        if self.in_place:
-            window = self.cache.window
-            window.first, window.last, window.start, window.stop = first, last, start, stop
+        window = self.cache.window
+        window.first, window.last, window.start, window.stop = first, last, start, stop
 
     # ---- rows go on
 
     def _step(self) -> None:
         """One token for every row of the batch."""
-        first = min(self.starts) if self.in_place else 0
-        if self.in_place and self.stop == self.columns:
+        first = min(self.starts)
+        if self.stop == self.columns:
             first = self._move_left(first)
         self._aim(0, len(self.rows), first, self.stop)
         width = self.stop + 1 - first
@@ -165,16 +123,10 @@ class DecodeLoop:
         return 0
 
     def _sample(self, logits: Tensor, slots: slice) -> None:
-        request, rows, age = self.request, self.row[slots], self.age[slots]
-        if request.vocab_size is not None:
-            logits = logits[:, : request.vocab_size]
-        if logits.dtype == torch.float64:
-            logits = logits.float()  # the sampler's masses have fewer bits than either
-        drawn = sample_tokens(logits, **request.sampling_of(rows), seed=request.seeds[rows], position=age)
-        ended = (drawn.tokens.unsqueeze(1) == request.ends[rows]).any(dim=1)
+        rows, age = self.row[slots], self.age[slots]
+        drawn, ended, more = self.request.draw(logits, rows, age)
         self.record.add(rows, age, drawn, self.going[slots], ended)
-        # A row without a valid distribution stops here: what it would read next has no meaning.
-        going = self.going[slots] & ~ended & drawn.valid & (age + 1 < request.limits[rows])
+        going = self.going[slots] & more
         self.token, self.age, self.going = (
             torch.cat([whole[: slots.start or 0], part])
             for whole, part in ((self.token, drawn.tokens), (self.age, age + 1), (self.going, going))
@@ -187,16 +139,8 @@ class DecodeLoop:
         keep = [slot for slot, row in enumerate(self.rows) if row not in done]
         if len(keep) == len(self.rows):
             return
-        if not self.in_place:
-            if keep and len(keep) > _SHRINK_AT * len(self.rows):
-                self.flags.defer(done)
-                return
-            order = keep
-        else:
-            order = self._fill_holes(keep)
+        order = self._fill_holes(keep)
         index = torch.tensor(order, dtype=torch.int64, device=self.forward.device)
-        if not self.in_place and keep:
-            select_rows(self.cache, index)
         self.rows, self.starts = [self.rows[slot] for slot in order], [self.starts[slot] for slot in order]
         for name in ("row", "age", "token", "start", "going"):
             setattr(self, name, getattr(self, name)[index])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from distillm_ext.generation.forward import causal_model, unwrapped
+from distillm_ext.generation.forward import causal_model
 from distillm_ext.generation.generate import Responses, generate_responses
 from distillm_ext.generation.sampling import SamplingParams
 
@@ -122,27 +121,3 @@ class LocalEngine(Engine):
                     f"weights: {name} has shape {list(tensor.shape)}, the engine's model {list(known[name].shape)}"
                 )
             known[name].copy_(tensor)
-
-
-@torch.no_grad()
-def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of a trained model under the names of its checkpoint, one at a time.
-
-    Sharded parameters are gathered (every process must iterate), and LoRA's are merged into the weights they adapt
-    while the iteration lasts.
-    """
-    inner = unwrapped(model)
-    merged = hasattr(inner, "merge_adapter")
-    if merged:
-        inner.merge_adapter()
-    try:
-        for name, parameter in causal_model(inner).named_parameters():
-            if merged and (".lora_" in name or ".modules_to_save." in name or ".original_module." in name):
-                if ".modules_to_save." not in name:
-                    continue
-                name = ".".join(part for part in name.split(".") if part not in ("modules_to_save", "default"))
-            name = name.replace(".base_layer.", ".")
-            yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-    finally:
-        if merged:
-            inner.unmerge_adapter()

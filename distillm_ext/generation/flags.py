@@ -22,7 +22,6 @@ class FinishedFlags:
     def __init__(self, device: torch.device) -> None:
         self.lag = 0 if device.type == "cpu" else 1
         self._queue: list[tuple[list[int], Tensor, torch.cuda.Event | None]] = []
-        self._deferred: set[int] = set()
 
     def push(self, rows: Sequence[int], going: Tensor) -> None:
         """Starts to send the flags [n] of `rows`."""
@@ -38,15 +37,11 @@ class FinishedFlags:
         self._queue.append((list(rows), flags, event))
 
     def read(self) -> set[int]:
-        """Rows known to be done: those that were deferred, and what has arrived."""
-        done, self._deferred = self._deferred, set()
+        """Rows known to be done."""
+        done: set[int] = set()
         while len(self._queue) > self.lag:
             rows, flags, event = self._queue.pop(0)
             if event is not None:
                 event.synchronize()
             done.update(row for row, going in zip(rows, flags.tolist(), strict=True) if not going)
         return done
-
-    def defer(self, rows: set[int]) -> None:
-        """Hands rows out again with the next `read`."""
-        self._deferred |= rows

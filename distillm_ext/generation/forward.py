@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import GenerationMixin
 
+from distillm_ext.generation.cache import supports_rows
 from distillm_ext.generation.linears import few_rows_linears
 from distillm_ext.generation.lockstep import Lockstep, is_sharded
 
@@ -29,6 +31,27 @@ def unwrapped(model: nn.Module) -> Any:
             return inner
 
 
+def check_no_virtual_tokens(model: Any, name: str) -> None:
+    """Refuses a model whose adapter puts virtual tokens before the text: neither the decode loop nor a loss that calls
+    the backbone itself would see them.
+
+    Args:
+        model: a model as it was built or loaded, whatever wraps it.
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: prompt tuning, P-tuning, prefix tuning or another adapter of that kind.
+    """
+    configs = getattr(unwrapped(model), "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        if getattr(config, "is_prompt_learning", False):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise ValueError(
+                f"{name}: its adapter ({kind}) puts virtual tokens before the prompt, which is not supported; use LoRA "
+                "or another adapter of the weights"
+            )
+
+
 def causal_model(model: nn.Module) -> Any:
     """The transformers model inside whatever wraps it.
 
@@ -39,12 +62,7 @@ def causal_model(model: nn.Module) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
     inner = unwrapped(model)
-    configs = getattr(inner, "peft_config", None)
-    if isinstance(configs, dict) and any(getattr(config, "is_prompt_learning", False) for config in configs.values()):
-        raise ValueError(
-            "model: its adapter puts virtual tokens before the prompt (prompt or prefix tuning), which the decode loop "
-            "does not support; use LoRA or another adapter of the weights"
-        )
+    check_no_virtual_tokens(inner, "model")
     causal: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", inner)
     if not hasattr(causal, "config") or not hasattr(causal, "get_output_embeddings"):
         raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
@@ -67,8 +85,12 @@ def _last_position(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0][:, -1:], *args[1:])
 
 
-# What models call their cache: transformers up to 5.23 says past_key_values, from 5.24 on cache.
+# What models call their cache of keys and values: transformers up to 5.23 says past_key_values, from 5.24 on cache.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
+# Models that find a token's place by the attention mask (ALiBi). Others that are not told positions count columns.
+_PLACE_BY_MASK = ("bloom", "mpt")
+# How else a model says that it can go on from what it has read.
+_STATE_ARGUMENTS = ("use_cache", "cache_params", "state", "mems")
 
 
 class CausalForward:
@@ -79,29 +101,50 @@ class CausalForward:
         group: the processes that share a sharded model; None is all.
 
     Attributes:
+        causal: the transformers model inside its wrappers.
         config: the model's configuration.
         device: where its inputs go.
+        takes_rows: whether it reads and writes a `RowCache`: keys and values, and nothing else, carry the past, and
+            tokens are where they are told to be.
+        keeps_state: whether a step needs only the newest token (otherwise it needs the whole text).
 
     Raises:
         TypeError: not a causal language model.
-        ValueError: a model without a cache of keys and values.
+        ValueError: a model that neither takes a `RowCache` nor has a `generate` of its own, or one of RoBERTa's
+            family.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
         causal = causal_model(model)
+        if any(hasattr(module, "create_position_ids_from_input_ids") for module in causal.modules()):
+            raise ValueError(
+                f"model: {type(causal).__name__} numbers positions from its padding token on, which no generation with "
+                "a cache does: its responses would be wrong; choose a decoder of another family"
+            )
         self.model = unwrapped(model)
         self.config = causal.config
         self.device = causal.get_input_embeddings().weight.device
         self.lockstep = Lockstep(is_sharded(self.model), self.device, group)
+        self.causal = causal
         self.head = causal.get_output_embeddings()
         self.accepts = set(inspect.signature(causal.forward).parameters)
         names = [name for name in _CACHE_ARGUMENTS if name in self.accepts]
-        if not names:
+        self.cache_argument = names[0] if names else None
+        placed = "position_ids" in self.accepts or getattr(self.config, "model_type", None) in _PLACE_BY_MASK
+        stateful = getattr(causal, "_is_stateful", False)
+        caches = bool(names) and "use_cache" in self.accepts
+        self.takes_rows = caches and placed and not stateful and supports_rows(self.config)
+        self.keeps_state = bool(names) or any(name in self.accepts for name in _STATE_ARGUMENTS)
+        if not self.takes_rows and not isinstance(causal, GenerationMixin):
+            obstacle = "carries its past in more than keys and values"
+            if not names:
+                obstacle = "takes neither cache nor past_key_values"
+            elif not placed:
+                obstacle = "takes no position_ids"
             raise ValueError(
-                f"model: {type(causal).__name__}.forward takes neither cache nor past_key_values; the decode loop "
-                "needs a model that caches keys and values"
+                f"model: {type(causal).__name__}.forward {obstacle}, so only transformers' own generate could run it, "
+                "and it has none; derive the model from transformers' PreTrainedModel and GenerationMixin"
             )
-        self.cache_argument = names[0]
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
@@ -124,18 +167,26 @@ class CausalForward:
             positions: [rows, new] int64, positions within each row's own text.
             cache: keys and values so far; extended.
         """
-        self.lockstep.tick()
         # A balance of experts, from the logits of the new tokens and the mask of all tokens, would fail.
         options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1, "output_router_logits": False}
         known = {name: value for name, value in options.items() if name in self.accepts}
-        output = self.model(
+        output = self.call(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=True, return_dict=True, **known,
-            **{self.cache_argument: cache},
+            **{str(self.cache_argument): cache},
         )  # fmt: skip
         return output.logits[:, -1]
+
+    def call(self, **inputs: Any) -> Any:
+        """One forward pass of the wrapped model, announced to the other processes."""
+        self.lockstep.tick()
+        if "use_cache" not in self.accepts:
+            inputs.pop("use_cache", None)  # transformers' generate says so to every model
+        return self.model(**inputs)
 
     def keep_step(self) -> None:
         """Takes part in the forward passes of the other processes until all of them are done."""
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        options = {"attention_mask": torch.ones_like(token), "use_cache": False}
+        known = {name: value for name, value in options.items() if name in self.accepts}
         while self.lockstep.others_go_on():
-            self.model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False, return_dict=True)
+            self.model(input_ids=token, return_dict=True, **known)

@@ -12,10 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distillm_ext.generation import arguments
-from distillm_ext.generation.decode import DecodeLoop, Request
-from distillm_ext.generation.forward import CausalForward, causal_model
+from distillm_ext.generation.decode import DecodeLoop
+from distillm_ext.generation.forward import CausalForward
+from distillm_ext.generation.hf import HfLoop
 from distillm_ext.generation.plan import longest_first
+from distillm_ext.generation.positions import limits_within, position_limit
 from distillm_ext.generation.record import Record
+from distillm_ext.generation.request import Request
 from distillm_ext.generation.sampling import SamplingParams
 
 
@@ -70,19 +73,24 @@ def generate(
     batch_size: int | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> GeneratedTokens:
-    """Generates one response per prompt: evaluation mode, no gradient, key-value cache.
+    """Generates one response per prompt: evaluation mode, no gradient, with the model's cache.
 
     Prompts are sorted by length and prefilled in groups of like length. Rows that are done leave the batch and the
     cache, and waiting prompts take their places. Token number t of a row is drawn by `distillm_ext.sample_tokens` from
     (its logits, its parameters, its seed, t): no global generator is used, and neighbours matter only as far as the
     rounding of a matrix product depends on its shape.
 
+    Models whose past is more than keys and values (recurrent, convolutional, chunked attention), or that cannot be told
+    positions, run through transformers' own `generate` with the same draw, prompts of one length together: nothing is
+    padded. Prompt and response stay within the model's positions (`max_position_embeddings`); a row that reaches them
+    stops there, `finished` False.
+
     Works under autocast and with DDP, FSDP (1 and 2), `torch.compile` and PEFT wrappers around the model. With FSDP
     every process must call it, also one that has no prompts ([0, anything] input_ids): all run the same number of
     forward passes.
 
     Args:
-        model: a causal language model of transformers with a key-value cache. Its training mode is restored.
+        model: a causal language model of transformers. Its training mode is restored.
         input_ids: [rows, S] int64, padded on either side.
         attention_mask: [rows, S], 1 (or True) at tokens, 0 at padding; None where nothing is padding.
         params: sampling parameters, one for all rows or one per row.
@@ -100,7 +108,8 @@ def generate(
         `GeneratedTokens`.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind, shape or range; the message names it.
+        TypeError, ValueError: an argument is of the wrong kind, shape or range, or a prompt fills the model's
+            positions; the message names it.
 
     Example:
         >>> found = generate(model, torch.tensor([[5, 6], [0, 7]]), torch.tensor([[1, 1], [0, 1]]),
@@ -131,15 +140,16 @@ def _generate(
     """`generate` for prompts that end in the last column and whose lengths the host knows."""
     rows = len(lengths)
     arguments.check_rows(lengths)
-    defaults = getattr(causal_model(model), "generation_config", None)
+    forward = CausalForward(model, process_group)
+    defaults = getattr(forward.causal, "generation_config", None)
     limits = arguments.row_limits(max_new_tokens, rows, defaults)
+    limits = limits_within(limits, lengths, position_limit(forward.config), "the model's positions")
     ends = arguments.row_ends(eos_token_ids, rows, defaults)
     sampling = arguments.row_sampling(params, rows)
     keys = arguments.row_seeds(seeds, rows, sampling)
     for name, value in (("batch_size", batch_size), ("vocab_size", vocab_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected an int >= 1, got {value}")
-    forward = CausalForward(model, process_group)
     device = forward.device
     record = Record(rows, max(limits, default=0), device)
     with forward.ready():
@@ -155,7 +165,8 @@ def _generate(
                 sampling={n: v.to(device)[index] if isinstance(v, Tensor) else v for n, v in sampling.items()},
                 vocab_size=vocab_size,
             )
-            DecodeLoop(forward, request, batch_size or rows, record).run()
+            loop = DecodeLoop if forward.takes_rows else HfLoop
+            loop(forward, request, batch_size or rows, record).run()
         forward.keep_step()
     return _in_order(record, order if rows else [], pad_token_id)
 

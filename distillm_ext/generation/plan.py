@@ -50,3 +50,14 @@ def prefill_groups(lengths: Sequence[int], *, cost: int, most_tokens: int = PREF
         groups.append((cut[last], last))
         last = cut[last]
     return groups[::-1]
+
+
+def equal_length_groups(lengths: Sequence[int], most: int) -> list[tuple[int, int]]:
+    """Cuts rows of falling length into groups [first, last) of one length and at most `most` rows."""
+    groups: list[tuple[int, int]] = []
+    for row, length in enumerate(lengths):
+        if groups and lengths[groups[-1][0]] == length and row - groups[-1][0] < most:
+            groups[-1] = (groups[-1][0], row + 1)
+        else:
+            groups.append((row, row + 1))
+    return groups

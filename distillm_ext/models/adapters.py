@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from distillm_ext.models.spec import ADAPTER_CONFIG, ModelSpec
 
@@ -64,6 +65,8 @@ def merged_adapter(base: PreTrainedModel, where: ModelSpec) -> PreTrainedModel:
     model: Any = PeftModel.from_pretrained(base, where.name)
     merged = model.merge_and_unload()
     merged.generation_config = base.generation_config
+    if (Path(where.name) / GENERATION_CONFIG_NAME).is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(where.name)
     return merged
 
 

@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from distillm_ext.generation import Engine
+from distillm_ext.generation.forward import check_no_virtual_tokens
 from distillm_ext.models.checks import check_apart, check_causal
 from distillm_ext.models.vocabulary import check_dataset_ids
 from distillm_ext.training.config import DistillationConfig
@@ -35,6 +36,8 @@ def check_arguments(
     if teacher is not None:
         check_causal(teacher, "teacher")
         check_apart(model, teacher)
+    for name, given in (("model", model), ("teacher", teacher)):
+        check_no_virtual_tokens(given, name)
     for name, dataset in datasets.items():
         check_dataset(dataset, name, splits=name == "eval_dataset")
     if generation_engine is not None and not isinstance(generation_engine, Engine):

@@ -16,6 +16,7 @@ from datasets import Dataset, concatenate_datasets
 
 from distillm_ext.compression import checked_temperatures
 from distillm_ext.containers_compressed import METHODS
+from distillm_ext.generation.positions import check_positions
 from distillm_ext.models.loading import load_teacher, load_tokenizer
 from distillm_ext.models.vocabulary import check_dataset_ids, compared_vocabulary, padding_id, tokenizer_size
 from distillm_ext.packing import CODECS
@@ -146,6 +147,7 @@ def capture(
     rows = token_rows(settings, tokenizer)
     teacher = ModelTeacher(load_teacher(settings.teacher, settings.dtype), device=processes.device)
     check_dataset_ids(rows, "dataset", tokenizer, models={"teacher": teacher.model})
+    check_positions({"teacher": teacher.model}, settings.max_length, rows={"dataset": rows})
     teacher.verify(rows[0]["input_ids"][:16])
     spec = cache_spec(settings, teacher.model, tokenizer, rows)
     check_seed(settings)

@@ -89,6 +89,16 @@ class ResumableTrainer(Trainer):
             )
         return wanted
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The parent's files; beside an adapter also the generation config, which PEFT leaves out: it says what ends a
+        response."""
+        super()._save(output_dir, state_dict)
+        adapted: Any = self.model
+        base = adapted.get_base_model() if hasattr(adapted, "get_base_model") else None
+        settings = getattr(base, "generation_config", None)
+        if settings is not None:
+            settings.save_pretrained(output_dir if output_dir is not None else self.args.output_dir)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"checkpoint-{self.state.global_step}"

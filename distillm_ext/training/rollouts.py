@@ -75,7 +75,6 @@ class Rollouts:
         prompts_of_rows: gives the training sequences of an epoch-wide generation, as (prompt, row), for this process.
         gather: returns the sequences of all processes (identity for one).
         seed: run seed.
-        max_length: most tokens of prompt and response.
         device: where batches go.
     """
 
@@ -89,7 +88,6 @@ class Rollouts:
         prompts_of_rows: Callable[[], list[tuple[list[int], int]]],
         gather: Callable[[list[TokenSequence]], list[TokenSequence]],
         seed: int,
-        max_length: int,
         device: torch.device,
     ) -> None:
         self.collator = collator
@@ -99,7 +97,6 @@ class Rollouts:
         self.prompts_of_rows = prompts_of_rows
         self.gather = gather
         self.seed = seed
-        self.max_length = max_length
         self.device = device
         self.store = ResponseStore()
 
@@ -142,8 +139,7 @@ class Rollouts:
         seeds = [derive_seed(self.seed, stream, *counters, row) for _, row in prompts]
         responses = source([prompt for prompt, _ in prompts], seeds)
         return [
-            # At least one token, or the sequence would have no target.
-            TokenSequence.join(prompt, response[: max(self.max_length - len(prompt), 1)], row)
+            TokenSequence.join(prompt, response, row)
             for (prompt, row), response in zip(prompts, responses, strict=True)
         ]
 

@@ -36,6 +36,7 @@ class RunState(ResumableTrainer):
     teacher_cache: TeacherCache | None
     compression: CompressionSettings | None
     vocab_size: int
+    eos_token_ids: tuple[int, ...]
     generation_engine: Engine | None
     nan_guard: NanGuard
     row_origin: RowOrigin
@@ -92,10 +93,10 @@ class RunState(ResumableTrainer):
         self.rollouts = setup.make_rollouts(
             args,
             collator=self.data_collator,
-            tokenizer=self.processing_class,
             student=lambda: self.accelerator.unwrap_model(self.model_wrapped),
             teacher=self.teacher.model if self.teacher is not None else None,
             vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
             autocast=self.accelerator.autocast,
             train_dataset=self.train_dataset,
             engine=self.generation_engine,
@@ -112,13 +113,14 @@ class RunState(ResumableTrainer):
         self.nan_guard.reset()
 
     def extra_state(self) -> dict[str, Any]:
-        """φ and its reference loss; the epoch of stored responses."""
+        """φ and its reference loss; the epoch of stored responses, and what ended them."""
         return {
             "policy": self.args.policy,
             "policy_state": self.policy.state_dict(),
             "store_epoch": self.rollouts.store.epoch,
             "teaching": self.teaching.state(),
             "nan_steps": self.nan_guard.skipped,
+            "eos_token_ids": list(self.eos_token_ids),
         }
 
     def extra_tensors(self) -> dict[str, Tensor]:
@@ -132,9 +134,19 @@ class RunState(ResumableTrainer):
             logger.warning("checkpoint of policy %r: %r starts anew", state["policy"], self.args.policy)
         else:
             self.policy.load_state_dict(state["policy_state"])
-            self.rollouts.unpack(
-                tensors, store_epoch=state["store_epoch"], rank=self.args.process_index, world=self.args.world_size
-            )
+            self._load_responses(state, tensors)
         replayed = [sequence.key for sequence in self.rollouts.buffer.sequences()]
         self.teaching.unpack(state.get("teaching", {}), tensors, replayed)
         self.nan_guard.skipped = int(state.get("nan_steps", 0))
+
+    def _load_responses(self, state: Mapping[str, Any], tensors: list[dict[str, Tensor]]) -> None:
+        before = state.get("eos_token_ids")
+        if before != list(self.eos_token_ids):
+            logger.warning(
+                "checkpoint: its responses end at %s, those of this run at %s; replay buffer and stored responses "
+                "start anew", "tokens it does not name" if before is None else before, list(self.eos_token_ids),
+            )  # fmt: skip
+            return
+        self.rollouts.unpack(
+            tensors, store_epoch=state["store_epoch"], rank=self.args.process_index, world=self.args.world_size
+        )

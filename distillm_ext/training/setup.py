@@ -14,6 +14,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from distillm_ext.generation import Engine, LocalEngine, full_weights
+from distillm_ext.generation.ends import end_token_ids, name_ends
+from distillm_ext.generation.positions import check_positions
 from distillm_ext.models.vocabulary import check_token_ids
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
@@ -21,9 +23,9 @@ from distillm_ext.training.data import prepare_dataset
 from distillm_ext.training.objectives import CrossEntropyObjective, DivergenceObjective, Objective, ObjectiveSchedule
 from distillm_ext.training.plain_text import PlainTextBatches, pack_text
 from distillm_ext.training.replay import ReplayBuffer
-from distillm_ext.training.responses import EngineResponses, end_token_ids
+from distillm_ext.training.responses import EngineResponses
 from distillm_ext.training.rollouts import Rollouts
-from distillm_ext.training.rows import load_rows
+from distillm_ext.training.rows import TOKEN_COLUMNS, load_rows
 from distillm_ext.training.student import StudentForward
 from distillm_ext.training.teacher import ModelTeacher
 
@@ -114,6 +116,38 @@ def load_plain_text(
     return blocks
 
 
+def response_ends(
+    args: DistillationConfig, tokenizer: Any, models: Mapping[str, Any], train_dataset: Any
+) -> tuple[int, ...]:
+    """Tokens that end the responses of student and teacher (`end_token_ids`). The student's generation config names
+    them from now on, so the saved model stops where it was taught to."""
+    ends = end_token_ids(tokenizer, models, train_dataset, max_length=args.max_length)
+    name_ends(models["student"], ends)
+    return ends
+
+
+def check_lengths(args: DistillationConfig, models: Mapping[str, Any], datasets: Mapping[str, Any]) -> None:
+    """Refuses texts that a model of the run cannot read to their end (`check_positions`), and prompts of token rows
+    that leave no room for a response where the policy generates one.
+
+    Raises:
+        ValueError: names model and limit, and the setting or the row.
+    """
+    rows: dict[str, Any] = {}
+    for name, dataset in datasets.items():
+        rows |= {f"{name}[{k}]": d for k, d in dataset.items()} if isinstance(dataset, dict) else {name: dataset}
+    check_positions(models, args.max_length, rows=rows)
+    train = datasets["train_dataset"]
+    if args.policy != "dataset" and set(TOKEN_COLUMNS) <= set(getattr(train, "column_names", None) or ()):
+        lengths = train.select_columns(["prompt_length"]).with_format("numpy")[:]["prompt_length"]
+        full = np.flatnonzero(lengths >= args.max_length)
+        if len(full):
+            raise ValueError(
+                f"train_dataset: the prompt of row {full[0] + 1} has {lengths[full[0]]} tokens, which leave no room "
+                f"for a response within max_length={args.max_length}; shorten it, or raise max_length"
+            )
+
+
 def make_objectives(args: DistillationConfig, vocab_size: int, tail: str) -> ObjectiveSchedule:
     """The main objective and, if configured, the one of the warm-up; `tail` is that of compressed teacher logits."""
     main = DivergenceObjective(
@@ -156,10 +190,10 @@ def make_rollouts(
     args: DistillationConfig,
     *,
     collator: DistillationCollator,
-    tokenizer: Any,
     student: Callable[[], Any],
     teacher: Any,
     vocab_size: int,
+    eos_token_ids: tuple[int, ...],
     autocast: Callable[[], Any],
     train_dataset: Dataset | None,
     engine: Engine | None = None,
@@ -180,8 +214,9 @@ def make_rollouts(
         return EngineResponses(
             engine,
             args.sampling_params,
-            max_new_tokens=min(args.max_new_tokens, args.max_length - 1),
-            eos_token_ids=end_token_ids(tokenizer, model()),
+            max_new_tokens=args.max_new_tokens,
+            max_length=args.max_length,
+            eos_token_ids=eos_token_ids,
             vocab_size=vocab_size,
             weights=lambda: full_weights(model()),
         )
@@ -199,7 +234,6 @@ def make_rollouts(
         prompts_of_rows=prompts_of_this_process,
         gather=gather_object if args.world_size > 1 else list,
         seed=args.seed,
-        max_length=args.max_length,
         device=args.device,
     )
 

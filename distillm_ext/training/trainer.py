@@ -113,6 +113,8 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
             {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "lm_dataset": lm_dataset},
         )  # fmt: skip
         setup.check_processes(args)
+        models: dict[str, Any] = {"student": model, "teacher": teacher}
+        setup.check_lengths(args, models, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         super().__init__(
             model=model,
             args=args,
@@ -133,6 +135,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         with self.accelerator.autocast():
             setup.verify_heads(dataset, self.teacher, self.student)
+        self.eos_token_ids = setup.response_ends(args, tokenizer, models, self.train_dataset)
         self.compression = teaching_setup.compression(args, self.teacher_cache, self.vocab_size)
         if self.teacher is None and self.teacher_cache is not None:
             teaching_setup.check_cache_alone(args, self.teacher_cache, self.train_dataset, self.eval_dataset)
