@@ -12,6 +12,7 @@ One optimizer step:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from itertools import islice
@@ -225,7 +226,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         text = inputs.get("plain_text")
         batches = [TokenBatch.from_inputs(part) for part in (inputs, text) if part is not None]
         count = num_items_in_batch if num_items_in_batch is not None else max(len(inputs["targets"]), 1)
-        with clock.section("teacher"):
+        with clock.section("teacher") if objective.needs_teacher else contextlib.nullcontext():
             teacher = self.teaching.targets(inputs) if objective.needs_teacher else None
         found, own = LossParts(torch.zeros(())), list[ModelLoss]()
 
