@@ -25,7 +25,9 @@ def generalized_js_entries(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
         return kl_entries(q, log_q, log_p)
     # Where both sides are -inf, whatever stands in for their mixture is left out by kl_entries.
     absent = (p == 0) & (q == 0)
-    log_m = (log_p + math.log(beta)).masked_fill(absent, 0.0).logaddexp(
-        (log_q + math.log1p(-beta)).masked_fill(absent, 0.0)
+    log_m = (
+        (log_p + math.log(beta))
+        .masked_fill(absent, 0.0)
+        .logaddexp((log_q + math.log1p(-beta)).masked_fill(absent, 0.0))
     )
     return beta * kl_entries(p, log_p, log_m) + (1 - beta) * kl_entries(q, log_q, log_m)

@@ -10,6 +10,7 @@ Where theirs has no number, 0 log 0 of two entries without probability, ours cou
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ class LigerKLDivLossFunction:
         return liger_kl_div(y_pred, y_true, reduction=reduction, log_target=log_target, eps=eps)
 
 
-def _loss(input: Tensor, target: Tensor, weight: Tensor, divergence: str, **options: float | None) -> Tensor:
+def _loss(input: Tensor, target: Tensor, weight: Tensor, divergence: str, **options: Any) -> Tensor:
     row_weight, deferred = _deferred_weight(weight, input.dtype)
     losses = logprob_divergence(input, target.detach(), row_weight, divergence, **options)
     return (losses if deferred is None else losses * deferred).sum()
