@@ -33,19 +33,10 @@ struct LogprobTerms {
   DISTILLM_HD LogprobTerms(Real beta, Real floor) : functor(RowParameters<Real>{0, beta, false}), floor(floor) {}
 
   // x: of the student, y: of the teacher. -inf on both sides, as entries read that a row lacks, gives exactly 0.
-  DISTILLM_HD Real value(Real x, Real y) const { return or_nan(x, y, term(entry(x, y)).value); }
-  DISTILLM_HD Real g(Real x, Real y) const { return or_nan(x, y, term(entry(x, y)).g); }
+  DISTILLM_HD Real value(Real x, Real y) const { return or_nan(x, y, functor(entry(x, y)).value); }
+  DISTILLM_HD Real g(Real x, Real y) const { return or_nan(x, y, functor(entry(x, y)).g); }
 
  private:
-  // One division, where the functor by itself makes two.
-  DISTILLM_HD Term<Real> term(Entry<Real> e) const {
-    if constexpr (Functor::kDivides) {
-      const Real divisor = functor.divisor(e);
-      return functor.term(e, divisor, divide_fast(Real(1), at_least(divisor, kSmallestNormal<Real>)));
-    } else {
-      return functor(e);
-    }
-  }
   DISTILLM_HD Entry<Real> entry(Real x, Real y) const {
     const Real log2_q = x * Real(kLog2E);
     if constexpr (kProbabilities) {
