@@ -14,6 +14,7 @@
 namespace distillm {
 
 constexpr int kLogprobThreads = 256;
+constexpr int kLogprobBlocks = 4;  // of a multiprocessor at least; left to itself, ptxas aims at more and spills
 
 struct LogprobDivergenceArguments {
   const void* student;
@@ -80,7 +81,8 @@ struct LogprobRow {
 // Terms: LogprobTerms of float. T: the dtype of both sides, or AnyElement where they have two. Blocks of whole warps,
 // grid.x = rows.
 template <class Terms, class T>
-__global__ void __launch_bounds__(kLogprobThreads) logprob_divergence_kernel(const LogprobDivergenceArguments a) {
+__global__ void __launch_bounds__(kLogprobThreads, kLogprobBlocks)
+    logprob_divergence_kernel(const LogprobDivergenceArguments a) {
   __shared__ PartialSums partial;
   const int64_t index = blockIdx.x;
   const LogprobRow<T> row(a, index);

@@ -37,8 +37,8 @@ DISTILLM_HD Real at_least(Real x, Real lower) {
 #endif
 }
 
-// a * b, rounded: not merged with a sum that it goes into. A sum of two such products is the same in either order, which
-// a fused multiply-add of one of them is not. The CPU's compilers leave a maximum between the two alone.
+// a * b, rounded: not merged with a sum that it goes into. A sum of two such products is the same in either order,
+// which a fused multiply-add of one of them is not. The CPU's compilers leave a maximum between the two alone.
 DISTILLM_HD float rounded_product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
