@@ -33,6 +33,9 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
       "float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool detach_mixture, "
       "int vocab_size, int teacher_vocab) -> Tensor loss");
   m.def(
+      "logprob_divergence(Tensor student, Tensor teacher, Tensor? weight, str divergence, float beta, float? "
+      "probability_floor, bool need_gradient) -> (Tensor loss, Tensor gradient)");
+  m.def(
       "topk_logits(Tensor logits, Tensor? labels, Tensor? position, int k, float[] temperatures, int seed) -> (Tensor "
       "ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor label_logprob, Tensor valid, Tensor counts)");
   m.def("scale_rows_(Tensor(a!) gradient, Tensor scale) -> ()");

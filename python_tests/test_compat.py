@@ -1,10 +1,9 @@
-"""The stand-ins for other projects' losses: TRL's own code, and the published formulas of Liger-Kernel and DistiLLM."""
+"""The stand-ins for TRL's loss, against its own code, and for DistiLLM's, against the published formulas."""
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from distillm_ext.compat import distillm, liger
+from distillm_ext.compat import distillm
 from distillm_ext.compat.trl import generalized_jsd_loss
 
 V = 53
@@ -46,40 +45,66 @@ def test_trl_without_valid_position(batch):
     student, teacher, labels = batch
     assert generalized_jsd_loss(student, teacher, torch.full_like(labels, -100)).item() == 0
     with pytest.raises(ValueError, match="reduction must be"):
-        generalized_jsd_loss(student, teacher, reduction="none")
+        generalized_jsd_loss(student, teacher, reduction="median")
 
 
-def liger_jsd_formula(log_q, log_p, labels, beta):
-    """beta KL(P || M) + (1 - beta) KL(Q || M); the ends are KL(P || Q) and KL(Q || P). Mean over labelled rows."""
-    p, q = log_p.exp(), log_q.exp()
-    if beta in (0.0, 1.0):
-        rows = (p * (log_p - log_q) if beta == 0 else q * (log_q - log_p)).sum(-1)
-    else:
-        log_m = (beta * p + (1 - beta) * q).log()
-        rows = (beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)).sum(-1)
-    return rows[labels != -100].mean()
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+def test_trl_sides_may_change_places(dtype):
+    """beta = 1/2: the same number to the last digit, whatever the compiler contracts."""
+    generator = torch.Generator().manual_seed(5)
+    for vocab in (5, V, 1500):
+        a, b = (torch.randn(40, 3, vocab, generator=generator).to(dtype) for _ in range(2))
+        labels = torch.arange(120).view(40, 3)
+        for row in range(0, 40, 1 if vocab == 5 else 8):
+            sides = a[row : row + 1], b[row : row + 1]
+            assert torch.equal(generalized_jsd_loss(*sides), generalized_jsd_loss(*sides[::-1]))
+        assert torch.equal(generalized_jsd_loss(a, b, labels), generalized_jsd_loss(b, a, labels))
 
 
-@pytest.mark.parametrize("beta", (0.0, 0.3, 0.5, 1.0))
-def test_liger_jsd(batch, beta):
+@pytest.mark.parametrize("beta", (0.0, 0.1, 0.5, 0.9, 1.0))
+@pytest.mark.parametrize("masked", (True, False))
+def test_trl_entry_by_entry(batch, beta, masked):
+    """The summands, and their gradients under any upstream gradient; what num_items_in_batch divides is their sum."""
+    theirs = pytest.importorskip("trl.experimental.gkd").GKDTrainer.generalized_jsd_loss
     student, teacher, labels = batch
-    log_q, log_p, labels = student.log_softmax(-1).view(-1, V), teacher.log_softmax(-1).view(-1, V), labels.view(-1)
-    expected = liger_jsd_formula(log_q, log_p, labels, beta)
-    same_value_and_gradient(student, liger.liger_jsd(log_q, log_p, labels, beta), expected)
-    same_value_and_gradient(student, liger.LigerJSD(beta)(log_q, log_p, labels), expected)
+    options = dict(labels=labels if masked else None, beta=beta, temperature=1.5, reduction="none")
+    ours, expected = generalized_jsd_loss(student, teacher, **options), theirs(student, teacher, **options)
+    assert ours.shape == ((10, V) if masked else (2, 7, V))
+    torch.testing.assert_close(ours, expected)
+    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    same_value_and_gradient(student, (ours * upstream).sum(), (expected * upstream).sum())
+    options["num_items_in_batch"] = 5
+    divided = generalized_jsd_loss(student, teacher, **options)
+    same_value_and_gradient(student, divided, theirs(student, teacher, **options))
 
 
-@pytest.mark.parametrize("reduction", ("batchmean", "sum", "mean"))
-@pytest.mark.parametrize("log_target", (False, True))
-def test_liger_kl(batch, reduction, log_target):
-    student, teacher, _ = batch
-    log_q, log_p = student.log_softmax(-1).view(-1, V), teacher.log_softmax(-1).view(-1, V)
-    target = log_p if log_target else log_p.exp()
-    expected = F.kl_div(log_q, target, reduction=reduction, log_target=log_target)
-    ours = liger.liger_kl_div(log_q, target, reduction=reduction, log_target=log_target)
-    same_value_and_gradient(student, ours, expected)
-    module = liger.LigerKLDIVLoss(reduction=reduction, log_target=log_target)
-    same_value_and_gradient(student, module(log_q, target), expected)
+@pytest.mark.parametrize("beta", (0.0, 0.5, 1.0))
+def test_trl_entries_without_probability(batch, beta):
+    """A vocabulary masked on both sides has entries 0 and gradients 0, where theirs is NaN; any dtype is float32."""
+    student, teacher, labels = batch
+    masked = torch.arange(V) >= 40
+    leaf = student.detach().masked_fill(masked, -torch.inf).bfloat16().requires_grad_()
+    entries = generalized_jsd_loss(
+        leaf, teacher.masked_fill(masked, -torch.inf).float(), labels, beta, reduction="none"
+    )
+    (entries * torch.arange(V)).sum().backward()
+    assert entries.dtype == torch.float32 and (entries[:, 40:] == 0).all() and (leaf.grad[..., 40:] == 0).all()
+    whole = generalized_jsd_loss(leaf.float(), teacher.masked_fill(masked, -torch.inf).float(), labels, beta)
+    torch.testing.assert_close(entries.sum() / 10, whole)
+
+
+def test_trl_entries_are_checked(batch):
+    student, teacher, labels = batch
+    cases = [
+        (dict(beta=1.5), ValueError, "beta must lie in"),
+        (dict(temperature=0), ValueError, "temperature must be positive"),
+        (dict(labels=labels[:1]), ValueError, "labels must have one entry per position"),
+        (dict(teacher_logits=teacher[..., :9]), ValueError, "teacher_logits must have the shape of student_logits"),
+        (dict(teacher_logits=None), TypeError, "teacher must be a tensor"),
+    ]
+    for options, error, match in cases:
+        with pytest.raises(error, match=match):
+            generalized_jsd_loss(student, **{"teacher_logits": teacher, "reduction": "none", **options})
 
 
 def test_distillm(batch):

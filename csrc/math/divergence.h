@@ -181,9 +181,11 @@ struct GeneralizedJs {
     return of_ratios(e, of_p.of_inverse(e.p, mixture, inverse), of_q.of_inverse(e.q, mixture, inverse));
   }
   DISTILLM_HD Term<Real> operator()(Entry<Real> e) const { return of_ratios(e, of_p(e.p, e.q), of_q(e.q, e.p)); }
+  // At beta = 1/2 the sides may change places without a digit of the value changing.
   DISTILLM_HD Term<Real> of_ratios(Entry<Real> e, Real p_over_m, Real q_over_m) const {
-    const Real q_term = q_nats * (e.q * log2_fast(q_over_m));
-    return {p_nats * (e.p * log2_fast(p_over_m)) + q_term, q_term};
+    const Real p_term = rounded_product(p_nats, e.p * log2_fast(p_over_m));
+    const Real q_term = rounded_product(q_nats, e.q * log2_fast(q_over_m));
+    return {p_term + q_term, q_term};
   }
 };
 

@@ -37,6 +37,23 @@ DISTILLM_HD Real at_least(Real x, Real lower) {
 #endif
 }
 
+// a * b, rounded: not merged with a sum that it goes into. A sum of two such products is the same in either order,
+// which a fused multiply-add of one of them is not. The CPU's compilers leave a maximum between the two alone.
+DISTILLM_HD float rounded_product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return at_least(a * b, std::numeric_limits<float>::lowest());
+#endif
+}
+DISTILLM_HD double rounded_product(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return at_least(a * b, std::numeric_limits<double>::lowest());
+#endif
+}
+
 // 2^x for x <= 127, meant for log-probabilities and differences to a maximum.
 //
 // CPU: x = n + f with |f| <= 1/2, a minimax polynomial in f (2e-9) times 2^n; relative error < 2e-7 for x >= -126,

@@ -119,7 +119,7 @@ def _scale_rows_fake(gradient: Tensor, scale: Tensor) -> None:
     return None
 
 
-def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
+def scaled_gradient(gradient: Tensor, scale: Tensor) -> Tensor:
     """Row r of the saved gradient times scale[r].
 
     In place, where the backward pass frees what it saved: the kernel skips rows whose factor is exactly 1, so that a
@@ -157,7 +157,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         raise RuntimeError("distillm_ext::divergence was called with need_gradient=False; call it with True to train.")
     refuse_second_derivative()
     (gradient,) = ctx.saved_tensors
-    return (_scaled(gradient, grad_loss), *nothing)
+    return (scaled_gradient(gradient, grad_loss), *nothing)
 
 
 torch.library.register_autograd("distillm_ext::divergence", _backward, setup_context=_setup_context)

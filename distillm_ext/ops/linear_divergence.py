@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergence import _scaled, loss_dtype, refuse_second_derivative
+from .divergence import loss_dtype, refuse_second_derivative, scaled_gradient
 from .linear_call import LinearDivergenceCall
 from .linear_chunks import linear_divergence_cpu, linear_divergence_cuda
 from .linear_gradients import common_weight, stored_dtype
@@ -99,7 +99,7 @@ def _times(gradient: Tensor, scale: Tensor) -> Tensor:
     """The saved gradient times the scalar upstream gradient; by 1 it is not touched."""
     rows = gradient.unsqueeze(-1) if gradient.dim() == 1 else gradient
     factor = scale.to(loss_dtype(gradient.dtype)).expand(rows.shape[0]).contiguous()
-    scaled = _scaled(rows, factor)
+    scaled = scaled_gradient(rows, factor)
     return scaled.squeeze(-1) if gradient.dim() == 1 else scaled
 
 

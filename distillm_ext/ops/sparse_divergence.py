@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .divergence import DivergenceOptions, RowSides, _scaled, refuse_second_derivative, row_outputs
+from .divergence import DivergenceOptions, RowSides, refuse_second_derivative, row_outputs, scaled_gradient
 from .divergence_inplace import overwrite
 
 
@@ -98,7 +98,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Ten
         )
     refuse_second_derivative()
     (gradient,) = ctx.saved_tensors
-    return (_scaled(gradient, grad_loss), *nothing)
+    return (scaled_gradient(gradient, grad_loss), *nothing)
 
 
 torch.library.register_autograd("distillm_ext::sparse_divergence", _backward, setup_context=_setup_context)
