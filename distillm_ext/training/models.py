@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
+import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 __all__ = [
     "ModelSpec",
@@ -81,8 +85,17 @@ class ModelSpec:
 
     def keywords(self) -> dict[str, Any]:
         """Arguments for every `from_pretrained`."""
+        if self.gguf_file and sys.version_info < (3, 11):
+            _tell_gguf_version()
         chosen = {"gguf_file": self.gguf_file, "revision": self.revision}
         return {key: value for key, value in chosen.items() if value is not None}
+
+
+def _tell_gguf_version() -> None:
+    """Gives the module gguf its version: on Python 3.10 transformers looks for it there alone, and gguf has none."""
+    if importlib.util.find_spec("gguf") is not None:
+        module = importlib.import_module("gguf")
+        module.__version__ = importlib.metadata.version("gguf")  # type: ignore[attr-defined]
 
 
 def _gguf_listing(folder: Path) -> str:
@@ -100,9 +113,9 @@ def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 def _load(spec: str | Path | Mapping[str, Any] | ModelSpec, dtype: torch.dtype | str) -> PreTrainedModel:
     where = ModelSpec.parse(spec)
     extra = where.keywords()
-    if where.gguf_file:
-        # Left in GGUF blocks the model could neither train nor be saved.
-        extra["quantization_config"] = GgufConfig(dequantize=True)
+    if where.gguf_file and hasattr(transformers, "GgufConfig"):
+        # Left in GGUF blocks the model could neither train nor be saved. Releases without the option unpack always.
+        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(where.name, dtype=_as_dtype(dtype), **extra)
 
 
@@ -129,6 +142,8 @@ def load_tokenizer(spec: str | Path | Mapping[str, Any] | ModelSpec) -> Any:
     """Load the tokenizer of a model; one without a padding token gets EOS as its padding token."""
     where = ModelSpec.parse(spec)
     tokenizer = AutoTokenizer.from_pretrained(where.name, **where.keywords())
+    if where.gguf_file:
+        _take_ends(tokenizer, AutoConfig.from_pretrained(where.name, **where.keywords()))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -136,6 +151,17 @@ def load_tokenizer(spec: str | Path | Mapping[str, Any] | ModelSpec) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _take_ends(tokenizer: Any, config: Any) -> None:
+    """Gives the tokenizer of a GGUF file the first and last token that the file names.
+
+    transformers before 5.18 gives some of these tokenizers the first for both.
+    """
+    for name in ("bos_token", "eos_token"):
+        token_id = getattr(config, f"{name}_id", None)
+        if isinstance(token_id, int) and getattr(tokenizer, f"{name}_id") != token_id:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
 
 
 def check_same_tokens(student: Any, teacher: Any) -> None:
