@@ -1,7 +1,8 @@
 """Builds the extension: `_C` (schemas, CPU operators) and `_codec` (NumPy codec) always, `_C_cuda` where CUDA is found.
 
 Environment: DISTILLM_CUDA = auto | 0 | 1 (auto: build the CUDA kernels when nvcc and a CUDA build of torch are there),
-TORCH_CUDA_ARCH_LIST (default below), CXX, CUDA_HOME, MAX_JOBS.
+DISTILLM_LINEINFO = 0 | 1 (1: the CUDA kernels carry source lines for Nsight Compute and compute-sanitizer; the code is
+the same), TORCH_CUDA_ARCH_LIST (default below), CXX, CUDA_HOME, MAX_JOBS.
 """
 
 import os
@@ -63,6 +64,14 @@ def nvcc_version(home: str) -> str:
     return found[1] if found else "unknown"
 
 
+def line_info() -> list[str]:
+    """The nvcc flags that DISTILLM_LINEINFO asks for."""
+    wanted = os.environ.get("DISTILLM_LINEINFO", "0")
+    if wanted not in ("0", "1"):
+        fail(f"DISTILLM_LINEINFO must be 0 or 1, got '{wanted}'.")
+    return ["-lineinfo"] if wanted == "1" else []
+
+
 def cuda_home_to_use(torch_cuda: str | None) -> str | None:
     """Where to build the CUDA kernels from, or None for a build without them."""
     wanted = os.environ.get("DISTILLM_CUDA", "auto")
@@ -116,10 +125,13 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
             CUDAExtension(
                 "distillm_ext._C_cuda",
                 sources("cuda", ".cpp", ".cu"),
-                extra_compile_args={"cxx": [*CXX_FLAGS, *STABLE_ABI, listed], "nvcc": [*NVCC_FLAGS, *STABLE_ABI]},
+                extra_compile_args={
+                    "cxx": [*CXX_FLAGS, *STABLE_ABI, listed],
+                    "nvcc": [*NVCC_FLAGS, *STABLE_ABI, *line_info()],
+                },
             )
         )
-    return modules, {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)}
+    return modules, {"build_ext": BuildExtension}
 
 
 if {"build_ext", "bdist_wheel", "editable_wheel", "develop", "install", "build"} & set(sys.argv):
