@@ -52,7 +52,7 @@ gpu-check: $(VENV)/.built
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy wheel "setuptools>=77" "pybind11>=2.13" ninja
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "numpy>=1.26" "setuptools>=77.0.3" "pybind11>=2.13" "ninja>=1.11.1"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.python $(SOURCES)

@@ -1,8 +1,8 @@
 """Builds the extension: `_C` (schemas, CPU operators) and `_codec` (NumPy codec) always, `_C_cuda` where CUDA is found.
 
 Environment: DISTILLM_CUDA = auto | 0 | 1 (auto: build the CUDA kernels when nvcc and a CUDA build of torch are there),
-TORCH_CUDA_ARCH_LIST (default below), DISTILLM_LINEINFO = 1 (source lines of the CUDA kernels for profilers), CXX,
-CUDA_HOME, MAX_JOBS.
+DISTILLM_LINEINFO = 0 | 1 (1: the CUDA kernels carry source lines for Nsight Compute and compute-sanitizer; the code is
+the same), TORCH_CUDA_ARCH_LIST (default below), CXX, CUDA_HOME, MAX_JOBS.
 """
 
 import os
@@ -23,8 +23,6 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"
 VECTORISE = ["-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno", "-fno-unswitch-loops"]
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", *VECTORISE, "-fvisibility=hidden"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden", "-DUSE_CUDA"]
-if os.environ.get("DISTILLM_LINEINFO") == "1":  # source lines in profilers and sanitizers; the code is the same
-    NVCC_FLAGS.append("-lineinfo")
 
 
 def fail(sentence: str) -> None:
@@ -64,6 +62,14 @@ def nvcc_version(home: str) -> str:
     text = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+\.\d+)", text)
     return found[1] if found else "unknown"
+
+
+def line_info() -> list[str]:
+    """The nvcc flags that DISTILLM_LINEINFO asks for."""
+    wanted = os.environ.get("DISTILLM_LINEINFO", "0")
+    if wanted not in ("0", "1"):
+        fail(f"DISTILLM_LINEINFO must be 0 or 1, got '{wanted}'.")
+    return ["-lineinfo"] if wanted == "1" else []
 
 
 def cuda_home_to_use(torch_cuda: str | None) -> str | None:
@@ -119,10 +125,13 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
             CUDAExtension(
                 "distillm_ext._C_cuda",
                 sources("cuda", ".cpp", ".cu"),
-                extra_compile_args={"cxx": [*CXX_FLAGS, *STABLE_ABI, listed], "nvcc": [*NVCC_FLAGS, *STABLE_ABI]},
+                extra_compile_args={
+                    "cxx": [*CXX_FLAGS, *STABLE_ABI, listed],
+                    "nvcc": [*NVCC_FLAGS, *STABLE_ABI, *line_info()],
+                },
             )
         )
-    return modules, {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)}
+    return modules, {"build_ext": BuildExtension}
 
 
 if {"build_ext", "bdist_wheel", "editable_wheel", "develop", "install", "build"} & set(sys.argv):

@@ -93,7 +93,7 @@ class CompressedLogits:
         """The positions `index` picks: an int, slice, tensor of integers, bool mask, None, ..., or a tuple of them."""
         parts = index if isinstance(index, tuple) else (index,)
         if Ellipsis in [part for part in parts if not isinstance(part, Tensor)]:
-            return self._map(lambda x, trailing: x[(*parts, *[slice(None)] * trailing)])
+            return self._map(lambda x, trailing: x[parts + (slice(None),) * trailing])
         # Checked, since what is meant for positions would else reach into the k entries.
         consumed = sum(part.dim() if _is_mask(part) else part is not None for part in parts)
         if consumed > len(self.shape):

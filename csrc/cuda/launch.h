@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "../ops/divergence.h"
 #include "row_pair.cuh"
@@ -19,7 +20,8 @@ class DeviceScope {
 
   cudaStream_t stream() const {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    // Not STABLE_TORCH_ERROR_CODE_CHECK, which the headers of the oldest torch promised do not have.
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     return static_cast<cudaStream_t>(stream);
   }
   int index() const { return index_; }

@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Attention of these kinds reads keys and values by column alone. A sliding window is then a matter of the mask, which
 # the model derives itself; chunked attention and recurrent states depend on where a row begins.
 _PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
+
+# What stands for a layer that keeps nothing, such as one that reads the keys of another. transformers before 5.23 has
+# no name for it: there such layers are left out of the cache.
+_EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 
 
 @dataclass
@@ -105,7 +109,7 @@ class RowCache(DynamicCache):
     def __init__(self, config: Any, slots: int, columns: int) -> None:
         super().__init__(config=config)
         self.window = Window(slots, columns)
-        self.layers = [layer if isinstance(layer, DummyLayer) else RowLayer(self.window) for layer in self.layers]
+        self.layers = [layer if isinstance(layer, _EMPTY_LAYERS) else RowLayer(self.window) for layer in self.layers]
 
     def _buffers(self) -> list[RowLayer]:
         return [layer for layer in self.layers if isinstance(layer, RowLayer)]
@@ -134,8 +138,8 @@ def supports_rows(config: Any) -> bool:
     return (
         declared <= _PLAIN_ATTENTION
         and getattr(decoder, "attention_chunk_size", None) is None
-        and kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
-        and kinds != {DummyLayer}
+        and kinds <= {DynamicLayer, DynamicSlidingWindowLayer, *_EMPTY_LAYERS}
+        and not kinds <= set(_EMPTY_LAYERS)
     )
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from distillm_ext.models.adapters import adapter_base, merged_adapter
 from distillm_ext.models.checks import check_causal, check_complete
@@ -48,9 +49,10 @@ def _load(spec: ModelName, dtype: torch.dtype | str) -> PreTrainedModel:
         return merged_adapter(_load(base, dtype), where)
     extra = where.keywords()
     if where.gguf_file:
-        # Left in GGUF blocks the model could neither train nor be saved.
-        extra["quantization_config"] = GgufConfig(dequantize=True)
         wanted = wanted or torch.float32
+        if hasattr(transformers, "GgufConfig"):
+            # Left in GGUF blocks the model could neither train nor be saved. Releases without the option unpack always.
+            extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where.name, dtype=wanted or "auto", output_loading_info=True, **extra
@@ -103,6 +105,8 @@ def load_tokenizer(spec: ModelName) -> Any:
     if base is not None and not (Path(where.name) / "tokenizer_config.json").is_file():
         return load_tokenizer(base)
     tokenizer = AutoTokenizer.from_pretrained(where.name, **where.keywords())
+    if where.gguf_file:
+        _take_ends(tokenizer, AutoConfig.from_pretrained(where.name, **where.keywords()))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -110,6 +114,17 @@ def load_tokenizer(spec: ModelName) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _take_ends(tokenizer: Any, config: Any) -> None:
+    """Gives the tokenizer of a GGUF file the first and last token that the file names.
+
+    transformers before 5.18 gives some of these tokenizers the first for both.
+    """
+    for name in ("bos_token", "eos_token"):
+        token_id = getattr(config, f"{name}_id", None)
+        if isinstance(token_id, int) and getattr(tokenizer, f"{name}_id") != token_id:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
 
 
 def check_same_tokens(student: Any, teacher: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +84,17 @@ class ModelSpec:
 
     def keywords(self) -> dict[str, Any]:
         """Arguments for every `from_pretrained`."""
+        if self.gguf_file and sys.version_info < (3, 11):
+            _tell_gguf_version()
         chosen = {"gguf_file": self.gguf_file, "revision": self.revision}
         return {key: value for key, value in chosen.items() if value is not None}
+
+
+def _tell_gguf_version() -> None:
+    """Gives the module gguf its version: on Python 3.10 transformers looks for it there alone, and gguf has none."""
+    if importlib.util.find_spec("gguf") is not None:
+        module = importlib.import_module("gguf")
+        module.__version__ = importlib.metadata.version("gguf")  # type: ignore[attr-defined]
 
 
 def _gguf_listing(folder: Path) -> str:

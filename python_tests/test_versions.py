@@ -1,0 +1,66 @@
+"""What the package promises of others: every requirement has a floor, and the code runs with what the floors lack."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+from distillm_ext.training.models import load_tokenizer
+from gguf_world import write_gguf
+from packaging.requirements import Requirement
+from packaging.version import Version
+from transformers import AutoTokenizer
+
+REQUIREMENTS = [Requirement(text) for text in importlib.metadata.requires("distillm_ext") or []]
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_every_requirement_has_a_floor(requirement):
+    assert [part for part in requirement.specifier if part.operator in (">=", "==")], f"{requirement} has no floor"
+
+
+def test_transformers_that_others_pin_are_allowed():
+    """vLLM and Python 3.10 hold transformers back; machines without a network have what they have."""
+    floors = {requirement.name: requirement.specifier for requirement in REQUIREMENTS}
+    assert floors["transformers"].contains(Version("5.17"))
+
+
+# transformers before 5.23 lacks the name when ours is imported. It comes back, since later releases use it themselves.
+WITHOUT_EMPTY_LAYERS = """
+import transformers.cache_utils
+taken = vars(transformers.cache_utils).pop("DummyLayer", None)
+import distillm_ext.training.trainer
+transformers.cache_utils.DummyLayer = taken
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from distillm_ext.generation import SamplingParams, cache, generate_responses
+
+config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+assert cache._EMPTY_LAYERS == () and cache.supports_rows(config)
+torch.manual_seed(0)
+model = LlamaForCausalLM(config).eval()
+found = generate_responses(
+    model, [[3, 4, 5], [6]], SamplingParams(temperature=0.0), max_new_tokens=4, eos_token_ids=[]
+).token_ids
+for prompt, tokens in zip([[3, 4, 5], [6]], found):
+    text = torch.tensor([prompt + tokens])
+    assert model(text).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == tokens, (prompt, tokens)
+"""
+
+
+def test_decode_loop_without_empty_layers():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EMPTY_LAYERS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ends_of_a_gguf_tokenizer_are_those_of_the_file(tmp_path, monkeypatch):
+    """transformers before 5.18 takes the first token of a text for the last one too."""
+    write_gguf(tmp_path)
+    tokenizer = load_tokenizer(tmp_path / "tiny.gguf")
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<bos>", "<eos>")
+    tokenizer.eos_token = "<bos>"
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)
+    assert load_tokenizer(tmp_path / "tiny.gguf").eos_token == "<eos>"
