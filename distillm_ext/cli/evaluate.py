@@ -20,6 +20,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_prompt_length: Annotated[int, typer.Option(min=1, help="Longer prompts lose their beginning.")] = 256,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and response.")] = 512,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(metavar="JSON", help='As in training, for example {"enable_thinking": false}.')
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a generated response.")] = 128,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of both models.")] = "float32",
     output: Annotated[Path | None, typer.Option(help="Write the metrics to this JSON file.")] = None,
@@ -37,7 +40,7 @@ def evaluate(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with friendly_errors():
         student, other, tokenizer = _load(model, teacher, dtype, device)
-        tokens = _rows(dataset, split, rows, tokenizer, max_prompt_length, max_length)
+        tokens = _rows(dataset, split, rows, tokenizer, max_prompt_length, max_length, chat_template_kwargs)
         with report_progress(console) as progress:
             result = evaluate_student(
                 student,
@@ -70,15 +73,19 @@ def _load(model: str, teacher: str | None, dtype: str, device: str) -> tuple[Any
     return student.to(device), other.to(device), tokenizer
 
 
-def _rows(dataset: str, split: str, rows: int, tokenizer: Any, max_prompt_length: int, max_length: int) -> Any:
+def _rows(
+    dataset: str, split: str, rows: int, tokenizer: Any, max_prompt_length: int, max_length: int, kwargs: str | None
+) -> Any:
     from distillm_ext.training.data import load_rows, prepare_dataset
+    from distillm_ext.training.row_checks import checked_template_kwargs
 
     raw = load_rows(dataset, split=split)
     if rows:
         raw = raw.select(range(min(rows, len(raw))))
     return prepare_dataset(
-        raw, tokenizer, max_prompt_length=max_prompt_length, max_length=max_length, source=Path(dataset).name
-    )
+        raw, tokenizer, max_prompt_length=max_prompt_length, max_length=max_length, source=Path(dataset).name,
+        chat_template_kwargs=checked_template_kwargs(kwargs),
+    )  # fmt: skip
 
 
 def _write(output: Path, values: dict[str, Any]) -> None:

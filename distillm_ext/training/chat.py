@@ -1,0 +1,266 @@
+"""Conversations through a chat template: the text of the prompt, of the response, and which of it is a target.
+
+The prompt is what the template gives for generation, G = render(turns before, add_generation_prompt): so a response
+generated from the prompt's tokens stands where the one of the data stood. The response is the rest of the rendered
+conversation W = render(turns up to the response) after the common prefix of G and W. Mostly G is a prefix of W. Where
+the generation prompt opens a thought that W shows differently,
+
+* what W has after the border of both is the response (G `<think>\\n`, W `<think></think>text`);
+* where G closes the thought too, the response is what follows the closed thought in W;
+* where W has no thought at all, a closing tag is put between, as context and not as a target: the answer stands behind
+  an empty thought, as templates with an empty thought write it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from distillm_ext.training.row_checks import RowError, turn_flag
+
+Messages = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]
+
+# With the line break behind, and the indent before, that templates drop beside a tag.
+_MARK = re.compile(r"(\{%-?\s*generation\s*(-?)%\})\n?")
+_END_MARK = re.compile(r"(?:^[ \t]*)?(\{%(-?)\s*endgeneration\s*-?%\})", re.MULTILINE)
+# Noncharacters of Unicode, which no text holds: where marked text begins and ends.
+_BEGIN, _END = "\ufdd0", "\ufdd1"
+# The start of a tag or special token, cut off.
+_PARTIAL_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
+# Nothing but white space and tags: all that a generation prompt may have beyond the rendered conversation.
+_TAGS_ONLY = re.compile(r"(?:\s|</?[\w-]+>|\[/?[A-Z_]+\])*\Z")
+_OPENING = re.compile(r"\s*(<|\[)([\w-]+)(>|\])\s*\Z")
+_PROBE = "a3f0c1d"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A prompt and its response as text.
+
+    Attributes:
+        prompt: what the template gives for generation.
+        bridge: text between prompt and response that is no target, mostly none.
+        response: the rest, up to the end of the turn.
+        targets: character ranges of prompt + bridge + response that are targets; None is the whole response.
+        ends: text that the template puts behind a turn; "" where it puts none, None where that is not known.
+        turns: the messages that are shown, the last of which is the response.
+    """
+
+    prompt: str
+    bridge: str
+    response: str
+    targets: list[Span] | None
+    ends: str | None
+    turns: Messages
+
+
+class Conversations:
+    """Renders the conversations of rows with a tokenizer's chat template.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer. Its template is looked at when a row needs it.
+        settings: arguments for the template of every row; a row's own win.
+    """
+
+    def __init__(self, tokenizer: Any, settings: Mapping[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self.settings = dict(settings)
+        self._ends: dict[str, str | None] = {}
+
+    def prompt(self, messages: Messages, row: Mapping[str, Any]) -> str:
+        """The text that a response to `messages` is generated from."""
+        return _Renderer(self.tokenizer, self.settings, row)(messages, add_generation_prompt=True)
+
+    def exchange(self, messages: Messages, first_target: int, row: Mapping[str, Any]) -> Exchange | None:
+        """The conversation up to its last target, which is an assistant turn.
+
+        Args:
+            messages: the conversation.
+            first_target: message from which on there are targets.
+            row: its `tools`, `documents` and `chat_template_kwargs` go to the template.
+
+        Returns:
+            None where the data says of every assistant turn that it is no target.
+
+        Raises:
+            RowError: the template refuses the conversation, or has no form from which prompt and response can be told.
+        """
+        render = _Renderer(self.tokenizer, self.settings, row)
+        flags = [_flag(message, index, first_target) for index, message in enumerate(messages)]
+        last = max((index for index, flag in enumerate(flags) if flag is not False), default=None)
+        if last is None:
+            return None
+        if last == 0:
+            raise RowError("the only assistant turn is the first message, so there is no prompt; add a user turn")
+        turns = messages[: last + 1]
+        before, whole = render(messages[:last], add_generation_prompt=True), render(turns)
+        bridge, response = split_response(before, whole)
+        begin = len(whole) - len(response)
+        # Marks become a mask through character offsets, which only tokenizers of the `tokenizers` library have.
+        if render.has_marks and self.tokenizer.is_fast:
+            spans: list[Span] | None = _marked(render, turns, flags, whole)
+        elif any(flags[:last]):
+            spans = [*_unmarked(render, turns, flags, whole), (begin, len(whole))]
+        else:
+            spans = None
+        if spans is not None:
+            spans = _moved(spans, begin, len(before) + len(bridge) - begin)
+        return Exchange(before, bridge, response, spans, self._end_of_turn(render), turns)
+
+    def _end_of_turn(self, render: _Renderer) -> str | None:
+        """What the template writes behind the text of a last assistant turn, by trying it."""
+        if render.template not in self._ends:
+            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
+            try:
+                text, found, end = render(probe).rpartition(_PROBE)
+            except RowError:
+                found = ""
+            self._ends[render.template] = end.strip() if found else None
+        return self._ends[render.template]
+
+
+class _Renderer:
+    """A template with the arguments of one row."""
+
+    def __init__(self, tokenizer: Any, settings: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self.options = {**settings, **(row.get("chat_template_kwargs") or {})}
+        # An empty list says that there are no tools; templates tell by null.
+        self.options |= {name: row.get(name) or None for name in ("tools", "documents")}
+        named = self.options.pop("chat_template", None)
+        if named is None and getattr(tokenizer, "chat_template", None) is None:
+            raise RowError(
+                "the row is a conversation and the tokenizer has no chat template; set tokenizer.chat_template, "
+                "or give prompt and completion as strings"
+            )
+        try:
+            self.template: str = tokenizer.get_chat_template(named, self.options["tools"])
+        except ValueError as error:
+            raise RowError(f"chat_template: {error}") from error
+        self.has_marks = bool(_MARK.search(self.template))
+
+    def __call__(self, messages: Messages, *, add_generation_prompt: bool = False, marked: bool = False) -> str:
+        template = with_marks(self.template) if marked else self.template
+        try:
+            return self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], chat_template=template, tokenize=False,
+                add_generation_prompt=add_generation_prompt, **self.options,
+            )  # fmt: skip
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise RowError(f"the chat template rejects the conversation: {error}{_advice(messages)}") from error
+
+
+def split_response(before: str, whole: str) -> tuple[str, str]:
+    """(text between, response) for a generation prompt and a rendered conversation; see the module's docstring.
+
+    Raises:
+        RowError: they differ in more than a thought.
+
+    Example:
+        >>> split_response("ask: <think>\\n", "ask: <think></think>yes")
+        ('', '</think>yes')
+    """
+    if whole.startswith(before):
+        return "", whole[len(before) :]
+    common = len(_PARTIAL_TAG.sub("", os.path.commonprefix([before, whole])))
+    rest, response = before[common:], whole[common:]
+    if not _TAGS_ONLY.match(rest):
+        raise RowError(
+            "the chat template does not begin the conversation with the text it gives as generation prompt; use a "
+            "template that does, or give prompt and completion as strings"
+        )
+    tags = rest.strip()
+    if tags and tags in response:
+        behind = response[response.index(tags) + len(tags) :]
+        return "", behind.removeprefix(rest[len(rest.rstrip()) :])
+    opening = _OPENING.match(rest)
+    if opening is None:
+        return "", response
+    left, name, right = opening.groups()
+    return f"\n{left}/{name}{right}\n\n", response.lstrip("\n")
+
+
+def with_marks(template: str) -> str:
+    """A template that writes noncharacters where its `{% generation %}` blocks begin and end.
+
+    The added expressions strip white space exactly where the tags beside them do.
+    """
+    template = _MARK.sub(lambda found: f"{found[1]}{{{{ '{_BEGIN}' {found[2]}}}}}", template)
+    return _END_MARK.sub(lambda found: f"{{{{{found[2]} '{_END}' }}}}{found[1]}", template)
+
+
+def _flag(message: Mapping[str, Any], index: int, first_target: int) -> bool | None:
+    if message["role"] != "assistant" or index < first_target:
+        return False
+    return turn_flag(message, f"messages[{index}]")
+
+
+def _marked(render: _Renderer, turns: Messages, flags: Sequence[bool | None], whole: str) -> list[Span]:
+    """Character ranges of `whole` inside generation marks, of turns that may be targets."""
+    spans = _spans(render(turns, marked=True), whole)
+    places = [index for index, message in enumerate(turns) if message["role"] == "assistant"]
+    if all(flags[place] is not False for place in places):
+        return spans
+    # Which turn a mark belongs to: the conversation up to it has that many marks.
+    counts = [len(_spans(render(turns[: place + 1], marked=True), None)) for place in places]
+    wanted = []
+    for place, begin, end in zip(places, [0, *counts], counts, strict=False):
+        wanted += spans[begin:end] if flags[place] is not False else []
+    return wanted
+
+
+def _spans(marked: str, whole: str | None) -> list[Span]:
+    spans, text, begin = [], 0, 0
+    for piece in re.split(f"({_BEGIN}|{_END})", marked):
+        if piece == _BEGIN:
+            begin = text
+        elif piece == _END:
+            spans.append((begin, text))
+        else:
+            text += len(piece)
+    if whole is not None and re.sub(f"[{_BEGIN}{_END}]", "", marked) != whole:
+        raise RowError(
+            "the chat template changes the text inside its {% generation %} marks, so that they cannot be found in it; "
+            "use another template"
+        )
+    return spans
+
+
+def _unmarked(render: _Renderer, turns: Messages, flags: Sequence[bool | None], whole: str) -> list[Span]:
+    """Character ranges of `whole` of the turns before the last that the data names as targets."""
+    spans = []
+    for index in (index for index in range(1, len(turns) - 1) if flags[index]):
+        alone = render(turns[: index + 1])
+        _, response = split_response(render(turns[:index], add_generation_prompt=True), alone)
+        begin = len(alone) - len(response)
+        shown = alone if whole.startswith(alone) else _PARTIAL_TAG.sub("", os.path.commonprefix([alone, whole]))
+        end = len(shown.rstrip())
+        if end <= begin:
+            raise RowError(
+                f"messages[{index}] is to be a target, but the chat template shows it otherwise once turns follow; use "
+                "a template with {% generation %} marks, or one row per response"
+            )
+        spans.append((begin, end))
+    return spans
+
+
+def _moved(spans: Sequence[Span], begin: int, shift: int) -> list[Span]:
+    """Ranges of the rendered conversation, in which the response begins at `begin`, as ranges of prompt + bridge +
+    response. What the generation prompt gives of the last turn is no target."""
+    return [(max(left, begin) + shift, right + shift) if right > begin else (left, right) for left, right in spans]
+
+
+def _advice(messages: Messages) -> str:
+    if any(isinstance(message.get("content"), list) for message in messages):
+        return ". Contents that are lists of parts need a template that reads parts; else give them as text"
+    calls = [call for message in messages for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
+    functions = [call.get("function", call) for call in calls]
+    if any(isinstance(f, Mapping) and isinstance(f.get("arguments"), str) for f in functions):
+        return ". The tool-call arguments are JSON text; many templates want the mapping itself"
+    return ""
