@@ -101,17 +101,21 @@ class Conversations:
         turns = messages[: last + 1]
         before, whole = render(messages[:last], add_generation_prompt=True), render(turns)
         bridge, response = split_response(before, whole)
-        begin = len(whole) - len(response)
+        _check_shown(render, turns, whole, response)
+        begin, ends = len(whole) - len(response), self._end_of_turn(render)
+
+        def ranges(flag: bool) -> list[Span]:
+            places = [i for i in range(last) if messages[i]["role"] == "assistant" and flags[i] is flag]
+            return [_turn_range(render, turns, place, whole, ends) for place in places]
+
         # Marks become a mask through character offsets, which only tokenizers of the `tokenizers` library have.
         if render.has_marks and self.tokenizer.is_fast:
-            spans: list[Span] | None = _marked(render, turns, flags, whole)
-        elif any(flags[:last]):
-            spans = [*_unmarked(render, turns, flags, whole), (begin, len(whole))]
+            spans: list[Span] | None = _marked(render, turns, ranges(False), whole)
         else:
-            spans = None
+            spans = [*ranges(True), (begin, len(whole))] if any(flags[:last]) else None
         if spans is not None:
             spans = _moved(spans, begin, len(before) + len(bridge) - begin)
-        return Exchange(before, bridge, response, spans, self._end_of_turn(render), turns)
+        return Exchange(before, bridge, response, spans, ends, turns)
 
     def _end_of_turn(self, render: _Renderer) -> str | None:
         """What the template writes behind the text of a last assistant turn, by trying it."""
@@ -148,12 +152,15 @@ class _Renderer:
     def __call__(self, messages: Messages, *, add_generation_prompt: bool = False, marked: bool = False) -> str:
         template = with_marks(self.template) if marked else self.template
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages], chat_template=template, tokenize=False,
                 add_generation_prompt=add_generation_prompt, **self.options,
             )  # fmt: skip
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise RowError(f"the chat template rejects the conversation: {error}{_advice(messages)}") from error
+        if any(isinstance(message.get("content"), list) and str(message["content"]) in text for message in messages):
+            raise RowError("the chat template prints lists of parts as they stand in Python; give content as text")
+        return text
 
 
 def split_response(before: str, whole: str) -> tuple[str, str]:
@@ -195,27 +202,57 @@ def with_marks(template: str) -> str:
     return _END_MARK.sub(lambda found: f"{{{{{found[2]} '{_END}' }}}}{found[1]}", template)
 
 
+def message_texts(message: Mapping[str, Any]) -> list[str]:
+    """The text of a message, without a thought before it."""
+    content = message.get("content")
+    parts = [content] if isinstance(content, str) else content if isinstance(content, list) else []
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    return [text.rpartition("</think>")[2] for text in texts if isinstance(text, str)]
+
+
+def called_names(message: Mapping[str, Any]) -> list[str]:
+    """The names of the tools that a message calls."""
+    calls = [call for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
+    functions = [call.get("function", call) for call in calls]
+    return [f["name"] for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)]
+
+
+def _check_shown(render: _Renderer, turns: Messages, whole: str, response: str) -> None:
+    """Refuses a template that shows the response alike whatever its text, or its tool calls, are."""
+    last = dict(turns[-1])
+    texts = [text.strip() for text in message_texts(last) if text.strip()]
+    changed = {}
+    if texts and not any(text in response for text in texts):
+        as_parts = isinstance(last["content"], list)
+        changed["text"] = {**last, "content": [{"type": "text", "text": _BEGIN}] if as_parts else _BEGIN}
+    if not all(name in response for name in called_names(last)):
+        changed["tool calls"] = {key: value for key, value in last.items() if key != "tool_calls"}
+    for what, other in changed.items():
+        try:
+            same = render([*turns[:-1], other]) == whole
+        except RowError:
+            continue
+        if same:
+            form = " (it may want content as a list of parts, or as text)" if what == "text" else ""
+            raise RowError(
+                f"the chat template leaves out the {what} of the last assistant turn{form}; use a template that has "
+                "them, or remove the row"
+            )
+
+
 def _flag(message: Mapping[str, Any], index: int, first_target: int) -> bool | None:
     if message["role"] != "assistant" or index < first_target:
         return False
     return turn_flag(message, f"messages[{index}]")
 
 
-def _marked(render: _Renderer, turns: Messages, flags: Sequence[bool | None], whole: str) -> list[Span]:
-    """Character ranges of `whole` inside generation marks, of turns that may be targets."""
+def _marked(render: _Renderer, turns: Messages, unwanted: Sequence[Span], whole: str) -> list[Span]:
+    """Character ranges of `whole` inside generation marks, without those of turns that are no targets."""
     spans = _spans(render(turns, marked=True), whole)
-    places = [index for index, message in enumerate(turns) if message["role"] == "assistant"]
-    if all(flags[place] is not False for place in places):
-        return spans
-    # Which turn a mark belongs to: the conversation up to it has that many marks.
-    counts = [len(_spans(render(turns[: place + 1], marked=True), None)) for place in places]
-    wanted = []
-    for place, begin, end in zip(places, [0, *counts], counts, strict=False):
-        wanted += spans[begin:end] if flags[place] is not False else []
-    return wanted
+    return [span for span in spans if not any(span[0] < right and left < span[1] for left, right in unwanted)]
 
 
-def _spans(marked: str, whole: str | None) -> list[Span]:
+def _spans(marked: str, whole: str) -> list[Span]:
     spans, text, begin = [], 0, 0
     for piece in re.split(f"({_BEGIN}|{_END})", marked):
         if piece == _BEGIN:
@@ -224,7 +261,7 @@ def _spans(marked: str, whole: str | None) -> list[Span]:
             spans.append((begin, text))
         else:
             text += len(piece)
-    if whole is not None and re.sub(f"[{_BEGIN}{_END}]", "", marked) != whole:
+    if re.sub(f"[{_BEGIN}{_END}]", "", marked) != whole:
         raise RowError(
             "the chat template changes the text inside its {% generation %} marks, so that they cannot be found in it; "
             "use another template"
@@ -232,22 +269,15 @@ def _spans(marked: str, whole: str | None) -> list[Span]:
     return spans
 
 
-def _unmarked(render: _Renderer, turns: Messages, flags: Sequence[bool | None], whole: str) -> list[Span]:
-    """Character ranges of `whole` of the turns before the last that the data names as targets."""
-    spans = []
-    for index in (index for index in range(1, len(turns) - 1) if flags[index]):
-        alone = render(turns[: index + 1])
-        _, response = split_response(render(turns[:index], add_generation_prompt=True), alone)
-        begin = len(alone) - len(response)
-        shown = alone if whole.startswith(alone) else _PARTIAL_TAG.sub("", os.path.commonprefix([alone, whole]))
-        end = len(shown.rstrip())
-        if end <= begin:
-            raise RowError(
-                f"messages[{index}] is to be a target, but the chat template shows it otherwise once turns follow; use "
-                "a template with {% generation %} marks, or one row per response"
-            )
-        spans.append((begin, end))
-    return spans
+def _turn_range(render: _Renderer, turns: Messages, index: int, whole: str, ends: str | None) -> Span:
+    """Where `whole` shows the assistant turn `index`, its end-of-turn text included: what changes with the turn."""
+    other = [*turns[:index], {"role": "assistant", "content": _BEGIN + _END}, *turns[index + 1 :]]
+    shown = render(other)
+    begin = len(os.path.commonprefix([whole, shown]))
+    end = max(begin, len(whole) - len(os.path.commonprefix([whole[::-1], shown[::-1]])))
+    follows = os.path.commonprefix([whole[end:], ends or ""])
+    follows = follows if follows == ends else _PARTIAL_TAG.sub("", follows)
+    return begin, end + len(follows.rstrip())
 
 
 def _moved(spans: Sequence[Span], begin: int, shift: int) -> list[Span]:
@@ -263,4 +293,6 @@ def _advice(messages: Messages) -> str:
     functions = [call.get("function", call) for call in calls]
     if any(isinstance(f, Mapping) and isinstance(f.get("arguments"), str) for f in functions):
         return ". The tool-call arguments are JSON text; many templates want the mapping itself"
+    if any(message.get("content") is None for message in messages):
+        return '. Some templates want content to be "" and not null'
     return ""

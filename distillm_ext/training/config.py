@@ -77,7 +77,7 @@ class DistillationConfig(TrainingArguments):
     max_prompt_length: int = _option(256, "Most prompt tokens; longer prompts lose their beginning. >= 1.")
     max_length: int = _option(512, "Most tokens of prompt and response together; > max_prompt_length.")
     chat_template_kwargs: dict[str, Any] | str | None = _option(
-        None, "Arguments for the chat template, such as {enable_thinking: false}; a row's own `chat_template_kwargs` win."
+        None, "Arguments for the chat template, such as {enable_thinking: false}; a row's own win."
     )  # fmt: skip
     max_new_tokens: int = _option(256, "Most tokens of a generated response. >= 1.")
     sampling: dict[str, Any] | str | None = _option(

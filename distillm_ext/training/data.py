@@ -93,7 +93,8 @@ def prepare_dataset(
         raise ValueError(f"{source}: expected at least one row, got none")
     used = {name for names in tokens.unique("columns") for name in names.split(",")}
     warn_unused([name for name in dataset.column_names if name not in used], source)
-    kept = tokens.filter(lambda keep: keep, input_columns=["kept"], desc=f"Dropping rows without response from {source}")
+    what = f"Dropping rows without response from {source}"
+    kept = tokens.filter(lambda keep: keep, input_columns=["kept"], desc=what)
     if len(kept) == 0:
         raise ValueError(
             f"{source}: none of the {len(tokens)} rows keeps a response token within max_prompt_length="

@@ -118,9 +118,7 @@ def _column(name: str, kind: type, rows: Sequence[Mapping[str, Any]]) -> Any:
     return json_column(values) if kind in (list, dict) and name not in TOKEN_COLUMNS else values
 
 
-def _check_shapes(
-    row: Mapping[str, Any], shapes: dict[str, tuple[type, Path, str]], file: Path, place: str
-) -> None:
+def _check_shapes(row: Mapping[str, Any], shapes: dict[str, tuple[type, Path, str]], file: Path, place: str) -> None:
     """A column is text or JSON: a string here and a list there is an error of the file."""
     for name, value in row.items():
         known, first, where = shapes.setdefault(name, (type(value), file, place))
@@ -177,13 +175,15 @@ def _from_parquet(files: Sequence[Path], columns: Mapping[str, str], source: str
     ours = {name: target for target, name in columns.items()}
     wanted = [name for name in names if name in ours or (name in KNOWN_COLUMNS and name not in columns)]
     if not wanted:
-        raise ValueError(f"{source}: none of the columns {KNOWN_COLUMNS}; it has {list(names)}. Map them with `columns`")
+        raise ValueError(
+            f"{source}: has none of the columns {KNOWN_COLUMNS}, but {list(names)}; map them with `columns`"
+        )
     warn_unused([name for name in names if name not in wanted and name not in columns], source)
     first = _part(schemas[files[0]], wanted)
     if all(_part(schema, wanted) == first for schema in schemas.values()) and not any(map(_must_convert, first.types)):
         # Plain text stays in the library's cache on disk.
         return renamed(Dataset.from_parquet([str(file) for file in files], columns=wanted), columns, source)
-    parts = {name: [] for name in wanted}
+    parts: dict[str, list[pa.ChunkedArray]] = {name: [] for name in wanted}
     for file in files:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(columns=_part(schemas[file], wanted).names):
             for name in wanted:

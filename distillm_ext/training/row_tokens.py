@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from distillm_ext.training.chat import Conversations, Exchange, Messages, Span
+from distillm_ext.training.chat import Conversations, Exchange, Messages, Span, called_names, message_texts
 from distillm_ext.training.row_checks import RowError, check_row, checked_template_kwargs, parsed_row, used_columns
 
 # Counts what is made of a row: results that `datasets` kept of an earlier count are not taken for this one's.
@@ -117,7 +117,9 @@ class RowTokenizer:
         The joint tokenisation is used where what is before a piece is a prefix of it (it avoids the leading space that
         SentencePiece tokenizers put before every separate text); where a merge spans the border, separate ones.
         """
-        text, ids, found = "", [], []
+        text = ""
+        ids: list[int] = []
+        found: list[list[int]] = []
         for piece in pieces:
             joint = self._encode(text + piece)
             new = joint[len(ids) :] if joint[: len(ids)] == ids else self._encode(piece)
@@ -143,10 +145,11 @@ class RowTokenizer:
             missing = "" if "messages" in used_columns(row, "prompt") else "column 'completion' is missing or null; "
             raise RowError(missing + _NO_RESPONSE)
         if isinstance(prompt, str):
-            ids = self.prefix + self._encode(prompt)
+            ids, left_out = self.prefix + self._encode(prompt), TokenRow.left_out
         else:
-            ids = self._encode(self.conversations.prompt(prompt, row))
-        return TokenRow(ids, [0] * len(ids), len(ids))
+            text = self.conversations.prompt(prompt, row)
+            ids, left_out = self._encode(text), _left_out(prompt, text, None)
+        return TokenRow(ids, [0] * len(ids), len(ids), left_out=left_out)
 
     # ---- conversations
 
@@ -178,8 +181,8 @@ class RowTokenizer:
         mask = mask[: len(ids)] + [int(any(mask[len(prompt) :]))] * (len(ids) - len(mask))
         if not any(mask):
             raise RowError("the chat template's {% generation %} marks cover no token of this conversation")
-        self._check_shown(exchange.turns[-1], response)
-        return TokenRow(ids, mask, len(prompt), left_out=_left_out(exchange))
+        text = exchange.prompt + exchange.bridge + exchange.response
+        return TokenRow(ids, mask, len(prompt), left_out=_left_out(exchange.turns, text, exchange.response))
 
     def _ended(self, response: list[int], ends: str | None) -> list[int]:
         """The response up to its end token: without the white space that templates put behind it, since generation
@@ -193,18 +196,11 @@ class RowTokenizer:
             return response[:end]
         return [*response, self._eos()]
 
-    def _check_shown(self, turn: Mapping[str, Any], response: Sequence[int]) -> None:
-        shown = self.tokenizer.decode([token for token in response if token not in self.special_ids])
-        has_text = any(text.strip() for text in _texts(turn)) or bool(turn.get("tool_calls"))
-        if has_text and not shown.strip():
-            raise RowError(
-                "the chat template shows nothing of the last assistant turn (it may have no form for tool calls, or "
-                "want content as a list of parts, [{'type': 'text', 'text': ...}]); use another template"
-            )
-
     def _mask(self, pieces: Sequence[str], targets: Sequence[Span]) -> list[int]:
         """1 at the tokens of `_encode_pieces(*pieces)` that have a character of a target."""
-        text, ids, pairs = "", [], []
+        text = ""
+        ids: list[int] = []
+        pairs: list[Span] = []
         for piece in pieces:
             joint, found = self._offsets(text + piece)
             if joint[: len(ids)] == ids:
@@ -221,26 +217,15 @@ class RowTokenizer:
         return list(out["input_ids"]), [tuple(pair) for pair in out["offset_mapping"]]
 
 
-def _texts(message: Mapping[str, Any]) -> list[str]:
-    """The text of a message, without a thought before it."""
-    content = message.get("content")
-    parts = [content] if isinstance(content, str) else content if isinstance(content, list) else []
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    return [text.rpartition("</think>")[2] for text in texts if isinstance(text, str)]
-
-
-def _left_out(exchange: Exchange) -> tuple[bool, ...]:
-    """Which of `LEFT_OUT` is not in the text."""
-    text = exchange.prompt + exchange.bridge + exchange.response
-    turns, last = exchange.turns, exchange.turns[-1]
+def _left_out(turns: Messages, text: str, response: str | None) -> tuple[bool, ...]:
+    """Which of `LEFT_OUT` is not in the text, or in the response that is the last turn (None: there is none)."""
+    last = turns[-1] if response is not None else {}
     spoken = [piece.strip() for turn in turns if turn["role"] in ("user", "assistant", "system")
-              for piece in _texts(turn)]  # fmt: skip
-    calls = [call for turn in turns for call in turn.get("tool_calls") or [] if isinstance(call, Mapping)]
-    functions = [call.get("function", call) for call in calls]
-    names = [f["name"] for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)]
+              for piece in message_texts(turn)]  # fmt: skip
+    names = [name for turn in turns for name in called_names(turn)]
     thoughts = [last.get(key) for key in ("reasoning_content", "reasoning", "thinking")]
     if isinstance(last.get("content"), str) and "</think>" in last["content"]:
         thoughts.append(last["content"].rpartition("</think>")[0].removeprefix("<think>"))
     reasons = [thought.strip() for thought in thoughts if isinstance(thought, str)]
     return tuple(any(piece not in shown for piece in pieces)
-                 for pieces, shown in ((spoken, text), (names, text), (reasons, exchange.response)))  # fmt: skip
+                 for pieces, shown in ((spoken, text), (names, text), (reasons, response or "")))  # fmt: skip

@@ -107,4 +107,3 @@ def _take_split(splits: Mapping[str, Dataset], split: str, path: Path) -> Datase
         rows = splits[part.splitname]
         taken.append(rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to)))
     return taken[0] if len(taken) == 1 else concatenate_datasets(taken)
-
