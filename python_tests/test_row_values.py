@@ -35,7 +35,7 @@ def talk(*calls, **more):
 ROWS = [
     {"messages": talk(call("weather", {"city": "Rome", "at": 0.1234567890123456})), "id": 1},
     {"messages": talk(call("alarm", {"hour": 7, "city": 12345678901234567890, "note": None})), "id": "x"},
-    {"messages": talk(call("alarm", {}), call("b", {"city": ["a", {"deep": [1, "two"]}]}), weight=1, zeta="z", alpha="a")},
+    {"messages": talk(call("alarm", {}), call("b", {"city": ["a", {"deep": [1, "two"]}]}), weight=1, zeta="z", al="a")},
     {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": "é🙂"}]},
                   {"role": "assistant", "content": "yo", "reasoning_content": "hm"},
                   {"role": "tool", "content": {"t": 1.5}, "tool_call_id": "1"}, *talk(call("c", {"city": True}))]},
@@ -96,8 +96,9 @@ def test_parquet_of_every_nested_type_reaches_the_template(tmp_path, show):
         rows = [talk(call("f", arguments)) for arguments in wanted]
         for row in rows:
             row[1]["content"] = None
-        message = pa.struct([("role", pa.string()), ("content", pa.string()), ("name", pa.string()),
-                             ("tool_calls", kind(pa.struct([("type", pa.string()), ("function", inner)])))])  # fmt: skip
+        calls = kind(pa.struct([("type", pa.string()), ("function", inner)]))
+        texts = [(name, pa.string()) for name in ("role", "content", "name")]
+        message = pa.struct([*texts, ("tool_calls", calls)])
         if inner is mapped:
             for row in rows:
                 pairs = row[1]["tool_calls"][0]["function"]

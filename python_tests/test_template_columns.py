@@ -1,4 +1,4 @@
-"""What a row gives its chat template beside the messages, which turns are targets, and what limits and templates take."""
+"""What a row gives its chat template beside the messages, which turns are targets, what limits and templates take."""
 
 from __future__ import annotations
 
@@ -140,8 +140,9 @@ def test_kept_results_serve_the_same_settings_only(tmp_path, caplog):
     first = made()
     assert first[1] and made() == first
     files = [first[1]]
-    for other in (dict(template=CHATML.replace("['content'] }}", "['content'] }}!")), dict(max_length=100), dict(max_prompt_length=5),
-                  dict(template=THINK), dict(chat_template_kwargs={"think": "<x>"}), dict(prompts_only=True)):  # fmt: skip
+    others = [dict(template=CHATML.replace("['content'] }}", "['content'] }}!")), dict(template=THINK)]
+    others += [dict(chat_template_kwargs={"think": "<x>"}), dict(prompts_only=True)]
+    for other in (*others, dict(max_length=100), dict(max_prompt_length=5)):
         files.append(made(**other)[1])
     assert len({frozenset(found) for found in files}) == len(files)
     # The counts are told again where the rows are not made again.

@@ -177,7 +177,8 @@ def _token_rows(dataset: Dataset, source: str, prompts_only: bool) -> Dataset:
     start = 0
     for batch in rows.with_format("arrow").iter(_BATCH):
         lengths = pyarrow.compute.list_value_length(batch["input_ids"])
-        legal = pyarrow.compute.greater(lengths, 0 if prompts_only else batch["prompt_length"])
+        enough = pyarrow.compute.greater_equal if prompts_only else pyarrow.compute.greater
+        legal = enough(lengths, batch["prompt_length"])
         wrong = pyarrow.compute.index(pyarrow.compute.fill_null(legal, False), False).as_py()
         if wrong >= 0:
             raise ValueError(
