@@ -114,6 +114,9 @@ def test_a_response_that_the_template_does_not_end_gets_eos(end):
     tokenizer = make_bpe(template + "{% if add_generation_prompt %}assistant: {% endif %}")
     (_, response, learnt), _ = exchange(tokenizer, TALK)
     assert response == learnt == f"the end{end}<eos>"
+    if not end.strip():  # a special token of the text is no end of the turn
+        (_, response, _), _ = exchange(tokenizer, [TALK[0], {**TALK[1], "content": "the<|im_start|>"}])
+        assert response == f"the<|im_start|>{end}<eos>"
     tokenizer.eos_token = None
     with pytest.raises(RowError, match="set tokenizer.eos_token"):
         exchange(tokenizer, TALK)

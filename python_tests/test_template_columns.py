@@ -9,7 +9,11 @@ import pytest
 from data_world import CHATML, MARKED, TALK, make_bpe, prepare, targets
 from datasets import Dataset, load_from_disk
 
+from distillm_ext.training.capture_job import CaptureSettings, token_rows
 from distillm_ext.training.config import DistillationConfig
+from distillm_ext.training.rows import load_rows
+from distillm_ext.training.settings import DatasetSettings
+from distillm_ext.training.setup import prepare_train
 
 LISTED = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}{{ documents | tojson }}<|im_end|>\n{% endif %}"
 THINK = CHATML.removesuffix("{% endif %}") + "{% if think is defined %}{{ think }}{% endif %}{% endif %}"
@@ -46,6 +50,18 @@ def test_a_row_s_template_kwargs_win_over_the_setting():
 def test_bad_template_kwargs_are_refused_by_the_configuration(tmp_path, given, error):
     with pytest.raises((TypeError, ValueError), match=f"chat_template_kwargs.*{error}"):
         DistillationConfig(output_dir=str(tmp_path), use_cpu=True, chat_template_kwargs=given)
+
+
+def test_capture_makes_the_rows_of_training(tmp_path):
+    path, think = tmp_path / "rows.jsonl", {"think": "<x></x>"}
+    path.write_text(json.dumps({"messages": TALK}))
+    tokenizer = make_bpe(THINK, eos_token="<|im_end|>")
+    args = DistillationConfig(output_dir=str(tmp_path), use_cpu=True, chat_template_kwargs=think)
+    trained = prepare_train(load_rows(path), tokenizer, args).remove_columns("row")
+    source = DatasetSettings(train=str(path))
+    options = dict(teacher="x", dataset=source, out=tmp_path / "cache", max_prompt_length=256, max_length=512)
+    assert token_rows(CaptureSettings(**options, chat_template_kwargs=json.dumps(think)), tokenizer)[:] == trained[:]
+    assert token_rows(CaptureSettings(**options), tokenizer)[:] != trained[:]
 
 
 def test_named_templates_and_a_tokenizer_without_any():

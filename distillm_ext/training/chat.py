@@ -21,16 +21,12 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from distillm_ext.training.row_checks import RowError, turn_flag
+from distillm_ext.training.generation_marks import BEGIN, END, MARK, marked_spans, with_marks
+from distillm_ext.training.row_checks import RowError, called_names, message_texts, template_advice, turn_flag
 
 Messages = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
-# With the line break behind, and the indent before, that templates drop beside a tag.
-_MARK = re.compile(r"(\{%-?\s*generation\s*(-?)%\})\n?")
-_END_MARK = re.compile(r"(?:^[ \t]*)?(\{%(-?)\s*endgeneration\s*-?%\})", re.MULTILINE)
-# Noncharacters of Unicode, which no text holds: where marked text begins and ends.
-_BEGIN, _END = "\ufdd0", "\ufdd1"
 # The start of a tag or special token, cut off.
 _PARTIAL_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 # Nothing but white space and tags: all that a generation prompt may have beyond the rendered conversation.
@@ -111,8 +107,14 @@ class Conversations:
         # Marks become a mask through character offsets, which only tokenizers of the `tokenizers` library have.
         if render.has_marks and self.tokenizer.is_fast:
             spans: list[Span] | None = _marked(render, turns, ranges(False), whole)
+        elif any(flags[:last]):
+            if not self.tokenizer.is_fast:
+                raise RowError(
+                    "targets before the last assistant turn need a fast tokenizer; leave out train and weight"
+                )
+            spans = [*ranges(True), (begin, len(whole))]
         else:
-            spans = [*ranges(True), (begin, len(whole))] if any(flags[:last]) else None
+            spans = None
         if spans is not None:
             spans = _moved(spans, begin, len(before) + len(bridge) - begin)
         return Exchange(before, bridge, response, spans, ends, turns)
@@ -147,7 +149,7 @@ class _Renderer:
             self.template: str = tokenizer.get_chat_template(named, self.options["tools"])
         except ValueError as error:
             raise RowError(f"chat_template: {error}") from error
-        self.has_marks = bool(_MARK.search(self.template))
+        self.has_marks = bool(MARK.search(self.template))
 
     def __call__(self, messages: Messages, *, add_generation_prompt: bool = False, marked: bool = False) -> str:
         template = with_marks(self.template) if marked else self.template
@@ -157,7 +159,7 @@ class _Renderer:
                 add_generation_prompt=add_generation_prompt, **self.options,
             )  # fmt: skip
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise RowError(f"the chat template rejects the conversation: {error}{_advice(messages)}") from error
+            raise RowError(f"the chat template rejects the conversation: {error}{template_advice(messages)}") from error
         if any(isinstance(message.get("content"), list) and str(message["content"]) in text for message in messages):
             raise RowError("the chat template prints lists of parts as they stand in Python; give content as text")
         return text
@@ -193,30 +195,6 @@ def split_response(before: str, whole: str) -> tuple[str, str]:
     return f"\n{left}/{name}{right}\n\n", response.lstrip("\n")
 
 
-def with_marks(template: str) -> str:
-    """A template that writes noncharacters where its `{% generation %}` blocks begin and end.
-
-    The added expressions strip white space exactly where the tags beside them do.
-    """
-    template = _MARK.sub(lambda found: f"{found[1]}{{{{ '{_BEGIN}' {found[2]}}}}}", template)
-    return _END_MARK.sub(lambda found: f"{{{{{found[2]} '{_END}' }}}}{found[1]}", template)
-
-
-def message_texts(message: Mapping[str, Any]) -> list[str]:
-    """The text of a message, without a thought before it."""
-    content = message.get("content")
-    parts = [content] if isinstance(content, str) else content if isinstance(content, list) else []
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    return [text.rpartition("</think>")[2] for text in texts if isinstance(text, str)]
-
-
-def called_names(message: Mapping[str, Any]) -> list[str]:
-    """The names of the tools that a message calls."""
-    calls = [call for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
-    functions = [call.get("function", call) for call in calls]
-    return [f["name"] for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)]
-
-
 def _check_shown(render: _Renderer, turns: Messages, whole: str, response: str) -> None:
     """Refuses a template that shows the response alike whatever its text, or its tool calls, are."""
     last = dict(turns[-1])
@@ -224,7 +202,7 @@ def _check_shown(render: _Renderer, turns: Messages, whole: str, response: str) 
     changed = {}
     if texts and not any(text in response for text in texts):
         as_parts = isinstance(last["content"], list)
-        changed["text"] = {**last, "content": [{"type": "text", "text": _BEGIN}] if as_parts else _BEGIN}
+        changed["text"] = {**last, "content": [{"type": "text", "text": BEGIN}] if as_parts else BEGIN}
     if not all(name in response for name in called_names(last)):
         changed["tool calls"] = {key: value for key, value in last.items() if key != "tool_calls"}
     for what, other in changed.items():
@@ -248,51 +226,49 @@ def _flag(message: Mapping[str, Any], index: int, first_target: int) -> bool | N
 
 def _marked(render: _Renderer, turns: Messages, unwanted: Sequence[Span], whole: str) -> list[Span]:
     """Character ranges of `whole` inside generation marks, without those of turns that are no targets."""
-    spans = _spans(render(turns, marked=True), whole)
+    spans = marked_spans(render(turns, marked=True), whole)
     return [span for span in spans if not any(span[0] < right and left < span[1] for left, right in unwanted)]
 
 
-def _spans(marked: str, whole: str) -> list[Span]:
-    spans, text, begin = [], 0, 0
-    for piece in re.split(f"({_BEGIN}|{_END})", marked):
-        if piece == _BEGIN:
-            begin = text
-        elif piece == _END:
-            spans.append((begin, text))
-        else:
-            text += len(piece)
-    if re.sub(f"[{_BEGIN}{_END}]", "", marked) != whole:
-        raise RowError(
-            "the chat template changes the text inside its {% generation %} marks, so that they cannot be found in it; "
-            "use another template"
-        )
-    return spans
-
-
 def _turn_range(render: _Renderer, turns: Messages, index: int, whole: str, ends: str | None) -> Span:
-    """Where `whole` shows the assistant turn `index`, its end-of-turn text included: what changes with the turn."""
-    other = [*turns[:index], {"role": "assistant", "content": _BEGIN + _END}, *turns[index + 1 :]]
-    shown = render(other)
-    begin = len(os.path.commonprefix([whole, shown]))
-    end = max(begin, len(whole) - len(os.path.commonprefix([whole[::-1], shown[::-1]])))
-    follows = os.path.commonprefix([whole[end:], ends or ""])
-    follows = follows if follows == ends else _PARTIAL_TAG.sub("", follows)
-    return begin, end + len(follows.rstrip())
+    """Where `whole` shows text and calls of the assistant turn `index`, and what ends it: what changes with them. Where
+    a result needs its call, the call changes its name."""
+    turn = {**turns[index], "content": BEGIN + END}
+    silent = {key: value for key, value in turn.items() if key != "tool_calls"}
+    renamed = {**turns[index], "tool_calls": [_renamed(call) for call in turn.get("tool_calls") or []]}
+    for other in (silent, renamed):
+        try:
+            shown = render([*turns[:index], other, *turns[index + 1 :]])
+        except RowError:
+            continue
+        begin = len(os.path.commonprefix([whole, shown]))
+        end = max(begin, len(whole) - len(os.path.commonprefix([whole[::-1], shown[::-1]])))
+        end += _common(whole[end:], ends or "")
+        if renamed["tool_calls"]:
+            # A template may show a result otherwise where its call is another: take the turn as it is when last.
+            alone = render(turns[: index + 1])
+            border = len(os.path.commonprefix([alone, render([*turns[:index], other])]))
+            end = begin + _common(whole[begin:], alone[border:])
+        if end > begin:
+            return begin, end
+    raise RowError(
+        f"messages[{index}]: its part of the chat template's text cannot be told; leave out train and weight"
+    )
+
+
+def _renamed(call: Any) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": {**call["function"], "name": BEGIN + END}}
+    return {**call, "name": BEGIN + END}
+
+
+def _common(text: str, expected: str) -> int:
+    """Length of what `text` begins with of `expected`, without a token that is cut off and white space at the end."""
+    common = os.path.commonprefix([text, expected])
+    return len((common if common == expected else _PARTIAL_TAG.sub("", common)).rstrip())
 
 
 def _moved(spans: Sequence[Span], begin: int, shift: int) -> list[Span]:
     """Ranges of the rendered conversation, in which the response begins at `begin`, as ranges of prompt + bridge +
     response. What the generation prompt gives of the last turn is no target."""
     return [(max(left, begin) + shift, right + shift) if right > begin else (left, right) for left, right in spans]
-
-
-def _advice(messages: Messages) -> str:
-    if any(isinstance(message.get("content"), list) for message in messages):
-        return ". Contents that are lists of parts need a template that reads parts; else give them as text"
-    calls = [call for message in messages for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
-    functions = [call.get("function", call) for call in calls]
-    if any(isinstance(f, Mapping) and isinstance(f.get("arguments"), str) for f in functions):
-        return ". The tool-call arguments are JSON text; many templates want the mapping itself"
-    if any(message.get("content") is None for message in messages):
-        return '. Some templates want content to be "" and not null'
-    return ""

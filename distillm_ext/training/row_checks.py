@@ -19,7 +19,7 @@ whether an assistant turn is a target: `train` (true or false) and `weight` (0 o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 TOKEN_COLUMNS = ("input_ids", "loss_mask", "prompt_length")
@@ -163,6 +163,34 @@ def turn_flag(message: Mapping[str, Any], place: str) -> bool | None:
     if train is not None and train != bool(weight):
         raise RowError(f"{place} has weight {weight!r} and train {train!r}, which contradict each other; leave out one")
     return bool(weight)
+
+
+def message_texts(message: Mapping[str, Any]) -> list[str]:
+    """The text of a message, without a thought before it."""
+    content = message.get("content")
+    parts = [content] if isinstance(content, str) else content if isinstance(content, list) else []
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    return [text.rpartition("</think>")[2] for text in texts if isinstance(text, str)]
+
+
+def called_names(message: Mapping[str, Any]) -> list[str]:
+    """The names of the tools that a message calls."""
+    calls = [call for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
+    functions = [call.get("function", call) for call in calls]
+    return [f["name"] for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)]
+
+
+def template_advice(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What may help where a chat template refuses messages, as the end of a sentence."""
+    if any(isinstance(message.get("content"), list) for message in messages):
+        return ". Contents that are lists of parts need a template that reads parts; else give them as text"
+    calls = [call for message in messages for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
+    functions = [call.get("function", call) for call in calls]
+    if any(isinstance(f, Mapping) and isinstance(f.get("arguments"), str) for f in functions):
+        return ". The tool-call arguments are JSON text; many templates want the mapping itself"
+    if any(message.get("content") is None for message in messages):
+        return '. Some templates want content to be "" and not null'
+    return ""
 
 
 def check_template_kwargs(value: Any, name: str) -> None:

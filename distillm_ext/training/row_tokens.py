@@ -8,8 +8,16 @@ from typing import Any
 
 import transformers
 
-from distillm_ext.training.chat import Conversations, Exchange, Messages, Span, called_names, message_texts
-from distillm_ext.training.row_checks import RowError, check_row, checked_template_kwargs, parsed_row, used_columns
+from distillm_ext.training.chat import Conversations, Exchange, Messages, Span
+from distillm_ext.training.row_checks import (
+    RowError,
+    called_names,
+    check_row,
+    checked_template_kwargs,
+    message_texts,
+    parsed_row,
+    used_columns,
+)
 
 # Counts what is made of a row: results that `datasets` kept of an earlier count are not taken for this one's.
 _RULES = 2
