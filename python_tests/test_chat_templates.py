@@ -81,6 +81,22 @@ def test_published_templates(file):
         assert row.left_out[2] == reasons, (kind, response)
 
 
+@pytest.mark.parametrize("flag", [0, 1])
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_flagged_call_is_in_the_targets_or_out_of_them(file, flag):
+    """With marks or without, and also where a template shows a result otherwise once its call is another."""
+    tokenizer, turns = tokenizer_for(file.read_text()), KINDS["answered call"]
+    try:
+        shows = "bell" in tokenizer.apply_chat_template(turns, tokenize=False)
+        (_, _, whole), _ = exchange(tokenizer, turns)
+    except Exception:  # the template has no form for it, which the test above looks at
+        return
+    (_, _, learnt), _ = exchange(tokenizer, [USER, {**TURN, "weight": flag}, *turns[2:]])
+    assert "done" in learnt and not re.search("hello|rang", learnt)
+    assert ("bell" in learnt) == bool(flag and shows), learnt
+    assert flag == 0 or len(learnt) >= len(whole)
+
+
 @pytest.mark.parametrize(
     ("before", "whole", "bridge", "response"),
     [
