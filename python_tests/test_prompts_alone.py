@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from data_world import CHATML, TALK, make_bpe, prepare
 from datasets import Dataset
 from trainer_world import logged, tiny_config, tiny_tokenizer, tiny_trainer, token_rows, weights
 
 from distillm_ext.training.policies import POLICIES, reads_responses
+from distillm_ext.training.rows import load_rows
 
 USER = [{"role": "user", "content": "w5 w6"}]
 TEXT = [{"prompt": f"w{4 + i} w{9 + i}"} for i in range(8)]
@@ -82,7 +85,7 @@ def test_a_run_on_prompts_resumes_bit_equal(tmp_path):
 
 
 REFUSED = [
-    (dict(policy="dataset"), {}, "train_dataset, row 5: column 'completion' is missing or null; there is no response"),
+    (dict(policy="dataset"), {}, "train_dataset, row 5: column 'completion' is missing or null, so there is no"),
     (dict(policy="mixed", mixed_fraction=0.9), {}, "train_dataset, row 5: "),
     (dict(policy="on_policy", warmup_objective="sft", warmup_objective_steps=1), {}, "train_dataset, row 5: "),
     (dict(policy="on_policy"), dict(eval_dataset=Dataset.from_list(TEXT)), "eval_dataset, row 1: "),
@@ -97,9 +100,17 @@ def test_rows_without_a_response_are_refused_where_one_is_read(tmp_path, setting
         tiny_trainer(tiny_config(tmp_path, **settings), **parts)
 
 
+def test_a_file_of_prompts_loads_and_is_refused_by_line_where_responses_are_needed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])))
+    assert load_rows(path)["prompt"][:] == ["a", "a"]
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: column 'completion' is missing"):
+        load_rows(path, need_responses=True)
+
+
 def test_conversations_without_an_answer_and_token_rows_of_a_prompt(tmp_path):
     chat = make_bpe(CHATML, eos_token="<|im_end|>")
-    with pytest.raises(ValueError, match="row 1: messages has no assistant turn: there is no response to learn"):
+    with pytest.raises(ValueError, match="row 1: messages has no assistant turn, so there is no response to learn"):
         prepare([{"messages": TALK[:1]}], chat)
     tokens = prepare([{"messages": TALK}, {"messages": TALK[:1]}], chat, prompts_only=True)
     assert prepare(tokens, chat, prompts_only=True)[:] == tokens[:]

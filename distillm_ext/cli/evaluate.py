@@ -79,7 +79,7 @@ def _rows(
     from distillm_ext.training.data import load_rows, prepare_dataset
     from distillm_ext.training.row_checks import checked_template_kwargs
 
-    raw = load_rows(dataset, split=split)
+    raw = load_rows(dataset, split=split, need_responses=True)
     if rows:
         raw = raw.select(range(min(rows, len(raw))))
     return prepare_dataset(

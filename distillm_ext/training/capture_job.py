@@ -174,7 +174,7 @@ def token_rows(settings: CaptureSettings, tokenizer: Any) -> Dataset:
         splits.append((source.eval or source.train, source.eval_split or "train"))
     prepared: list[Dataset] = []
     for name, split in splits:
-        rows = load_rows(name, split=split, subset=source.subset, columns=source.columns)
+        rows = load_rows(name, split=split, subset=source.subset, columns=source.columns, need_responses=True)
         if settings.rows and not prepared:
             rows = rows.select(range(min(settings.rows, len(rows))))
         prepared.append(

@@ -77,6 +77,19 @@ def check_row(row: Mapping[str, Any]) -> str:
     return kind
 
 
+def check_response(row: Mapping[str, Any], kind: str) -> None:
+    """Raise `RowError` for a row of a prompt alone."""
+    if kind != "prompt":
+        return
+    talk = row.get("messages") is not None
+    lacks = "messages has no assistant turn" if talk else "column 'completion' is missing or null"
+    raise RowError(
+        f"{lacks}, so there is no response to learn from; a prompt alone is enough for training rows of a policy whose "
+        "steps all write their own (on_policy, batched_on_policy, teacher_responses; mixed with mixed_fraction 1; none "
+        "with a warm-up)"
+    )
+
+
 def used_columns(row: Mapping[str, Any], kind: str) -> tuple[str, ...]:
     """The columns that a row of this kind is made of."""
     if kind in ("tokens", "text"):

@@ -21,6 +21,7 @@ from distillm_ext.training.row_checks import (
     KNOWN_COLUMNS,
     TOKEN_COLUMNS,
     RowError,
+    check_response,
     check_row,
     parsed_row,
     type_name,
@@ -34,13 +35,16 @@ _TOKEN_TYPES = {
 }  # fmt: skip
 
 
-def read_files(files: Sequence[Path], columns: Mapping[str, str], source: str) -> Dataset:
+def read_files(
+    files: Sequence[Path], columns: Mapping[str, str], source: str, *, need_responses: bool = False
+) -> Dataset:
     """The rows of files of one kind, with the columns that mean something here.
 
     Args:
         files: JSON files, or Parquet files.
         columns: our column name -> the name in the files.
         source: what to call the data set where a message is about all of it.
+        need_responses: refuse rows of a prompt alone in JSON files, where they have a line.
 
     Returns:
         Lists and mappings as JSON columns (`datasets.Json`), token rows as lists of integers, text as text.
@@ -51,7 +55,7 @@ def read_files(files: Sequence[Path], columns: Mapping[str, str], source: str) -
     parquet = [file for file in files if file.suffix.lower() == ".parquet"]
     if parquet and len(parquet) < len(files):
         raise ValueError(f"{source}: holds Parquet and JSON files for one split; keep files of one kind")
-    return _from_parquet(parquet, columns, source) if parquet else _from_json(files, columns, source)
+    return _from_parquet(parquet, columns, source) if parquet else _from_json(files, columns, source, need_responses)
 
 
 def warn_unused(names: Iterable[str], source: str) -> None:
@@ -81,13 +85,13 @@ def renamed(dataset: Dataset, columns: Mapping[str, str], source: str) -> Datase
 # ---- JSON
 
 
-def _from_json(files: Sequence[Path], columns: Mapping[str, str], source: str) -> Dataset:
+def _from_json(files: Sequence[Path], columns: Mapping[str, str], source: str, need_responses: bool) -> Dataset:
     rows: list[dict[str, Any]] = []
     shapes: dict[str, tuple[type, Path, str]] = {}
     unused: set[str] = set()
     for file in files:
         for place, row in _json_rows(file):
-            kept = _json_row(row, columns, f"{file}, {place}", unused)
+            kept = _json_row(row, columns, f"{file}, {place}", unused, need_responses)
             _check_shapes(kept, shapes, file, place)
             rows.append(kept)
     if not rows:
@@ -96,7 +100,9 @@ def _from_json(files: Sequence[Path], columns: Mapping[str, str], source: str) -
     return Dataset.from_dict({name: _column(name, kind, rows) for name, (kind, *_) in shapes.items()})
 
 
-def _json_row(row: Any, columns: Mapping[str, str], place: str, unused: set[str]) -> dict[str, Any]:
+def _json_row(
+    row: Any, columns: Mapping[str, str], place: str, unused: set[str], need_responses: bool
+) -> dict[str, Any]:
     """The known columns of one row, checked; the names of all others are added to `unused`."""
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected a JSON object, got {type_name(row)}")
@@ -104,7 +110,9 @@ def _json_row(row: Any, columns: Mapping[str, str], place: str, unused: set[str]
     unused.update(name for name in row if name not in KNOWN_COLUMNS and name not in columns.values())
     try:
         parsed = parsed_row(mapped)
-        check_row(parsed)
+        kind = check_row(parsed)
+        if need_responses:
+            check_response(parsed, kind)
     except RowError as error:
         raise ValueError(f"{place}: {error}") from error
     moved = set(columns.values()) - set(columns)

@@ -12,6 +12,7 @@ from distillm_ext.training.chat import Conversations, Exchange, Messages, Span
 from distillm_ext.training.row_checks import (
     RowError,
     called_names,
+    check_response,
     check_row,
     checked_template_kwargs,
     message_texts,
@@ -21,10 +22,6 @@ from distillm_ext.training.row_checks import (
 
 # Counts what is made of a row: results that `datasets` kept of an earlier count are not taken for this one's.
 _RULES = 2
-_NO_RESPONSE = (
-    "there is no response to learn from: a prompt alone is enough for training rows of a policy whose steps all write "
-    "their own (on_policy, batched_on_policy, teacher_responses; mixed with mixed_fraction 1; none with a warm-up)"
-)
 LEFT_OUT = ("text of a message", "the name of a called tool", "the reasoning of the last turn")
 
 
@@ -89,6 +86,8 @@ class RowTokenizer:
         kind = check_row(row)
         if kind in ("tokens", "text"):
             raise RowError(f"a row of kind {kind!r} has no prompt and response; give 'prompt' and 'completion'")
+        if not self.prompts_only:
+            check_response(row, kind)
         columns = used_columns(row, kind)
         if kind == "completion" and isinstance(row["prompt"], str):
             made = self._plain(row["prompt"], row["completion"])
@@ -149,9 +148,6 @@ class RowTokenizer:
         return TokenRow(prompt_ids + response, [0] * len(prompt_ids) + [1] * len(response), len(prompt_ids))
 
     def _prompt(self, prompt: Any, row: Mapping[str, Any]) -> TokenRow:
-        if not self.prompts_only:
-            missing = "" if "messages" in used_columns(row, "prompt") else "column 'completion' is missing or null; "
-            raise RowError(missing + _NO_RESPONSE)
         if isinstance(prompt, str):
             ids, left_out = self.prefix + self._encode(prompt), TokenRow.left_out
         else:
@@ -164,11 +160,7 @@ class RowTokenizer:
     def _chat(self, messages: Messages, first_target: int, row: Mapping[str, Any]) -> TokenRow:
         """Tokens of a conversation up to its last target; targets begin at message `first_target`."""
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        if not answers:
-            if not self.prompts_only:
-                raise RowError(f"messages has no assistant turn: {_NO_RESPONSE}")
-            return self._prompt(messages, row)
-        if self.prompts_only and answers[-1] < len(messages) - 1:
+        if not answers or (self.prompts_only and answers[-1] < len(messages) - 1):
             return self._prompt(messages, row)
         exchange = self.conversations.exchange(messages, first_target, row)
         if exchange is None and self.prompts_only:

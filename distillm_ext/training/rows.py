@@ -28,6 +28,7 @@ def load_rows(
     split: str = "train",
     subset: str | None = None,
     columns: Mapping[str, str] | None = None,
+    need_responses: bool = False,
 ) -> Dataset:
     """Load rows of text from a file, a folder or the hub.
 
@@ -38,6 +39,8 @@ def load_rows(
         split: split name, slices allowed: "train", "train[:90%]". A file holds one split, "train".
         subset: configuration name of a hub data set.
         columns: our column name -> the name in the source, for example {"prompt": "instruction"}.
+        need_responses: refuse rows of a prompt alone here, by file and line, where the rows are in JSON files;
+            `prepare_dataset` refuses those of other sources, by row.
 
     Returns:
         A `datasets.Dataset`. From JSON and Parquet only the columns that mean something here are kept (one warning
@@ -57,15 +60,18 @@ def load_rows(
     if path.is_file():
         if suffix not in FILE_SUFFIXES:
             raise ValueError(f"{path}: cannot read {suffix or 'a file without suffix'}; use one of {FILE_SUFFIXES}")
-        return _take_split({"train": read_files([path], names, str(path))}, split, path)
+        rows = read_files([path], names, str(path), need_responses=need_responses)
+        return _take_split({"train": rows}, split, path)
     if path.is_dir():
-        return _from_folder(path, split, subset, names)
+        return _from_folder(path, split, subset, names, need_responses)
     if suffix in FILE_SUFFIXES or str(source).startswith((".", "/", "~")):
         raise FileNotFoundError(f"{source}: no such file; give an existing {', '.join(FILE_SUFFIXES)} or a hub name")
     return renamed(load_dataset(str(source), subset, split=split), names, str(source))
 
 
-def _from_folder(path: Path, split: str, subset: str | None, columns: Mapping[str, str]) -> Dataset:
+def _from_folder(
+    path: Path, split: str, subset: str | None, columns: Mapping[str, str], need_responses: bool
+) -> Dataset:
     if (path / "state.json").is_file():
         saved = load_from_disk(str(path))
         assert isinstance(saved, Dataset)
@@ -80,7 +86,8 @@ def _from_folder(path: Path, split: str, subset: str | None, columns: Mapping[st
     if not files or any(file.suffix.lower() not in FILE_SUFFIXES for listed in files.values() for file in listed):
         return renamed(load_dataset(str(path), subset, split=split), columns, str(path))
     wanted = _split_names(split, list(files), path)
-    return _take_split({name: read_files(files[name], columns, str(path)) for name in wanted}, split, path)
+    read = {name: read_files(files[name], columns, str(path), need_responses=need_responses) for name in wanted}
+    return _take_split(read, split, path)
 
 
 def _split_names(split: str, available: list[str], path: Path) -> list[str]:

@@ -71,12 +71,14 @@ def check_processes(args: DistillationConfig) -> None:
         )
 
 
+def needs_responses(args: DistillationConfig) -> bool:
+    """Whether some step of the run trains on responses of its training set."""
+    return reads_responses(args.policy, mixed_fraction=args.mixed_fraction, warmup_steps=args.warmup_objective_steps)
+
+
 def prepare_train(dataset: Dataset | None, tokenizer: Any, args: DistillationConfig) -> Dataset | None:
     """`prepare_split` for the training set, whose rows need responses only where a step of the policy reads them."""
-    needed = reads_responses(
-        args.policy, mixed_fraction=args.mixed_fraction, warmup_steps=args.warmup_objective_steps
-    )  # fmt: skip
-    return prepare_split(dataset, tokenizer, args, "train_dataset", prompts_only=not needed)
+    return prepare_split(dataset, tokenizer, args, "train_dataset", prompts_only=not needs_responses(args))
 
 
 def prepare_split(
