@@ -26,22 +26,32 @@ def chat():
 
 GOOD = {"prompt": "hello", "completion": "world"}
 BAD = [
-    ({"prompt": "a"}, "'completion' is missing"),
+    ({"prompt": 3}, "prompt must be a list"),
     ({"completion": "a"}, "'prompt' is missing"),
-    ({"prompt": "a", "completion": None}, "'completion' is missing"),
     ({"prompt": "a", "completion": 3}, "str and int"),
     ({"prompt": "a", "completion": []}, "two strings or two lists"),
     ({"prompt": [], "completion": TALK[1:2]}, "prompt is an empty list"),
     ({"prompt": TALK[:1], "completion": TALK[:1]}, "completion has no assistant turn"),
     ({"messages": []}, "messages is an empty list"),
-    ({"messages": TALK[:1]}, "no assistant turn"),
     ({"messages": "hello"}, "messages must be a list"),
+    ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]\['content'\] must be a string, got null"),
+    ({"messages": [{"role": "assistant", "content": None, "name": "x"}]}, "must be a string, got null"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"\['content'\]\[0\] is a part of type 'image'"),
+    ({"messages": [{**TALK[1], "weight": 0.5}]}, r"messages\[0\]\['weight'\] must be 0 or 1, got 0.5"),
+    ({"messages": [{**TALK[1], "weight": True}]}, r"weight'\] must be 0 or 1, got True"),
+    ({"messages": [{**TALK[1], "train": "yes"}]}, r"messages\[0\]\['train'\] must be true or false, got 'yes'"),
+    ({"messages": [{**TALK[1], "train": True, "weight": 0}]}, "contradict each other"),
+    ({"messages": TALK, "tools": "[bell"}, "tools must be a list, or its JSON text"),
+    ({"messages": TALK, "tools": {"name": "bell"}}, "tools must be a list of mappings, got dict"),
+    ({"messages": TALK, "documents": [3]}, r"documents\[0\] must be a mapping, got int"),
+    ({"messages": TALK, "chat_template_kwargs": [1]}, "chat_template_kwargs must be a mapping"),
+    ({"messages": TALK, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' is no argument"),
     ({"messages": ["hello"]}, r"messages\[0\] must be a mapping"),
     ({"messages": [{"role": "user"}]}, r"messages\[0\]\['content'\] must be a string, got null"),
     ({"messages": [{"role": 1, "content": "x"}]}, r"messages\[0\]\['role'\] must be a string"),
     ({"question": "a", "answer": "b"}, "found: 'question', 'answer'"),
     ({"input_ids": [1, 2], "loss_mask": [1], "prompt_length": 1}, "lists of one length"),
-    ({"input_ids": [1, 2], "loss_mask": [0, 1], "prompt_length": 2}, r"prompt_length must be in 1\.\.1"),
+    ({"input_ids": [1, 2], "loss_mask": [0, 1], "prompt_length": 3}, r"prompt_length must be in 1\.\.2"),
 ]
 
 

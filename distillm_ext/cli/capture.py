@@ -51,6 +51,9 @@ def capture(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a teacher forward.")] = 8,
     max_prompt_length: Annotated[int | None, typer.Option(min=1, help="As in training; 256.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="As in training; 512.")] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(metavar="JSON", help='As in training, for example {"enable_thinking": false}.')
+    ] = None,
     dtype: Annotated[str, typer.Option(help=f"Of the teacher: {DTYPE_HELP}")] = "float32",
     shard_mib: Annotated[int, typer.Option(min=1, help="Size of a shard.")] = 64,
     flush_seconds: Annotated[float, typer.Option(min=0.0, help="The longest time whose work a kill can lose.")] = 300.0,
@@ -149,6 +152,7 @@ def _settings(
     temperatures: str,
     max_prompt_length: int | None,
     max_length: int | None,
+    chat_template_kwargs: str | None,
     **same: Any,
 ) -> Any:
     from distillm_ext.training.capture_job import CaptureSettings
@@ -171,6 +175,7 @@ def _settings(
         temperatures=_numbers(temperatures),
         max_prompt_length=max_prompt_length or training.get("max_prompt_length", 256),
         max_length=max_length or training.get("max_length", 512),
+        chat_template_kwargs=chat_template_kwargs or training.get("chat_template_kwargs"),
         **same,
     )
 

@@ -31,6 +31,9 @@ def evaluate(
             min=2, help="Most tokens of prompt and response; 512, or fewer where a model has fewer positions."
         ),
     ] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(metavar="JSON", help='As in training, for example {"enable_thinking": false}.')
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a generated response.")] = 128,
     dtype: Annotated[str, typer.Option(help=f"Of both models: {DTYPE_HELP}")] = "float32",
     output: Annotated[Path | None, typer.Option(callback=expanded, help="Write the metrics to this JSON file.")] = None,
@@ -51,7 +54,7 @@ def evaluate(
         student, other, tokenizer = _load(model, teacher, dtype, device)
         models = {"model": student, "teacher": other}
         most = length_within(models, 512) if max_length is None else max_length
-        tokens = _rows(dataset, split, rows, tokenizer, max_prompt_length, most)
+        tokens = _rows(dataset, split, rows, tokenizer, max_prompt_length, most, chat_template_kwargs)
         check_positions(models, most, setting="--max-length", rows={Path(dataset).name: tokens})
         with report_progress(console) as progress:
             result = evaluate_student(
@@ -86,15 +89,19 @@ def _load(model: str, teacher: str | None, dtype: str, device: str) -> tuple[Any
     return student.to(device), other.to(device), tokenizer
 
 
-def _rows(dataset: str, split: str, rows: int, tokenizer: Any, max_prompt_length: int, max_length: int) -> Any:
+def _rows(
+    dataset: str, split: str, rows: int, tokenizer: Any, max_prompt_length: int, max_length: int, kwargs: str | None
+) -> Any:
     from distillm_ext.training.data import load_rows, prepare_dataset
+    from distillm_ext.training.row_checks import checked_template_kwargs
 
-    raw = load_rows(dataset, split=split)
+    raw = load_rows(dataset, split=split, need_responses=True)
     if rows:
         raw = raw.select(range(min(rows, len(raw))))
     return prepare_dataset(
-        raw, tokenizer, max_prompt_length=max_prompt_length, max_length=max_length, source=Path(dataset).name
-    )
+        raw, tokenizer, max_prompt_length=max_prompt_length, max_length=max_length, source=Path(dataset).name,
+        chat_template_kwargs=checked_template_kwargs(kwargs),
+    )  # fmt: skip
 
 
 def _write(output: Path, values: dict[str, Any]) -> None:

@@ -115,6 +115,7 @@ class Demo:
             max_prompt_length=args.max_prompt_length,
             max_length=args.max_length,
             source=world.heldout.name,
+            chat_template_kwargs=args.template_kwargs,
         )
         self.seconds: dict[str, float] = {}
         self.texts: dict[str, list[str]] = {}

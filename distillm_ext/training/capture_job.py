@@ -34,6 +34,7 @@ from distillm_ext.teacher.settings import CompressionSettings
 from distillm_ext.training.collators import DistillationCollator, move_batch
 from distillm_ext.training.data import prepare_dataset
 from distillm_ext.training.reuse_checks import MAX_K
+from distillm_ext.training.row_checks import checked_template_kwargs
 from distillm_ext.training.rows import load_rows
 from distillm_ext.training.settings import DatasetSettings
 from distillm_ext.training.teacher import TEACHER_DTYPES, ModelTeacher
@@ -52,7 +53,7 @@ class CaptureSettings:
         dataset: where the rows come from; validation rows are captured too where they are named.
         out: folder of the cache.
         k, method, codec, temperatures, seed: the compression, see `distillm_ext.compress_logits` and `pack`.
-        max_prompt_length, max_length: as in the run that will read the cache.
+        max_prompt_length, max_length, chat_template_kwargs: as in the run that will read the cache.
         batch_size: rows a teacher forward.
         dtype: of the teacher; "auto" is its checkpoint's.
         rows: take the first N rows of the training split; 0 takes all.
@@ -75,6 +76,7 @@ class CaptureSettings:
     rows: int = 0
     shard_mib: int = 64
     flush_seconds: float = 300.0
+    chat_template_kwargs: dict[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         # Before a teacher is loaded, which may take minutes.
@@ -92,6 +94,7 @@ class CaptureSettings:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out: expected a folder, new or of a cache; {self.out} is a file")
         checked_temperatures(self.temperatures)
+        checked_template_kwargs(self.chat_template_kwargs)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -175,7 +178,7 @@ def token_rows(settings: CaptureSettings, tokenizer: Any) -> Dataset:
         splits.append((source.eval or source.train, source.eval_split or "train"))
     prepared: list[Dataset] = []
     for name, split in splits:
-        rows = load_rows(name, split=split, subset=source.subset, columns=source.columns)
+        rows = load_rows(name, split=split, subset=source.subset, columns=source.columns, need_responses=True)
         if settings.rows and not prepared:
             rows = rows.select(range(min(settings.rows, len(rows))))
         prepared.append(
@@ -185,6 +188,7 @@ def token_rows(settings: CaptureSettings, tokenizer: Any) -> Dataset:
                 max_prompt_length=settings.max_prompt_length,
                 max_length=settings.max_length,
                 source=Path(name).name,
+                chat_template_kwargs=checked_template_kwargs(settings.chat_template_kwargs),
             )  # fmt: skip
         )
     rows = concatenate_datasets(prepared)
@@ -211,6 +215,7 @@ def cache_spec(settings: CaptureSettings, teacher: Any, tokenizer: Any, rows: Da
             "tokenizer_size": tokenizer_size(tokenizer),
             "max_prompt_length": settings.max_prompt_length,
             "max_length": settings.max_length,
+            "chat_template_kwargs": checked_template_kwargs(settings.chat_template_kwargs),
             "dtype": str(next(teacher.parameters()).dtype).removeprefix("torch."),
         },
     )

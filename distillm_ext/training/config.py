@@ -17,6 +17,7 @@ from distillm_ext.paths import expand_path
 from distillm_ext.training.nan_policy import NAN_POLICIES
 from distillm_ext.training.policies import POLICIES
 from distillm_ext.training.reuse_checks import MAX_K, REUSE_METHODS, check_compressed_loss
+from distillm_ext.training.row_checks import checked_template_kwargs
 from distillm_ext.training.schedule import REPLAY_RATIOS, SCHEDULES
 from distillm_ext.training.teacher import TEACHER_DTYPES
 
@@ -48,7 +49,7 @@ class DistillationConfig(TrainingArguments):
         ...                    eval_strategy="steps", eval_steps=100)
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "sampling"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "sampling", "chat_template_kwargs"]
 
     divergence: str = _option("skew_kl", f"Divergence between teacher and student: one of {', '.join(DIVERGENCES)}.")
     alpha: float | None = _option(
@@ -83,6 +84,9 @@ class DistillationConfig(TrainingArguments):
     warmup_objective_steps: int = _option(0, "Optimizer steps of warmup_objective. >= 0.")
     max_prompt_length: int = _option(256, "Most prompt tokens; longer prompts lose their beginning. >= 1.")
     max_length: int = _option(512, "Most tokens of prompt and response together; > max_prompt_length.")
+    chat_template_kwargs: dict[str, Any] | str | None = _option(
+        None, "Arguments for the chat template, such as {enable_thinking: false}; a row's own win."
+    )  # fmt: skip
     max_new_tokens: int = _option(256, "Most tokens of a generated response. >= 1.")
     sampling: dict[str, Any] | str | None = _option(
         None, "How responses are sampled: a mapping with temperature (1.0; 0 is greedy), top_k (0 = off), top_p (1.0)."
@@ -124,6 +128,7 @@ class DistillationConfig(TrainingArguments):
         self._check_ranges()
         self._check_combinations()
         self.sampling_params = self._sampling_params()
+        self.template_kwargs = checked_template_kwargs(self.chat_template_kwargs)
         if self.policy == "adaptive_off_policy" and self.schedule == "reference":
             # The published code takes its first reference loss before training.
             self.eval_on_start = True

@@ -21,6 +21,7 @@ from distillm_ext.teacher.manifest import MANIFEST as CACHE_MANIFEST
 from distillm_ext.training.checkpoint import list_checkpoints, newest_complete_checkpoint
 from distillm_ext.training.rows import load_rows
 from distillm_ext.training.settings import DatasetSettings, RunSettings, settings_from_dict
+from distillm_ext.training.setup import needs_responses
 from distillm_ext.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -88,9 +89,12 @@ def split_teacher_setting(teacher: str | dict[str, Any]) -> tuple[str | dict[str
     return teacher if isinstance(teacher, str) else named, None if cache is None else Path(cache)
 
 
-def load_splits(settings: DatasetSettings) -> tuple[Dataset, Dataset | None]:
-    """Training rows and validation rows (None where none are configured)."""
-    train = load_rows(settings.train, split=settings.train_split, subset=settings.subset, columns=settings.columns)
+def load_splits(settings: DatasetSettings, *, need_responses: bool = True) -> tuple[Dataset, Dataset | None]:
+    """Training rows and validation rows (None where none are configured); these always need responses."""
+    train = load_rows(
+        settings.train, split=settings.train_split, subset=settings.subset, columns=settings.columns,
+        need_responses=need_responses,
+    )  # fmt: skip
     if settings.eval is None and settings.eval_split is None:
         return train, None
     heldout = load_rows(
@@ -98,6 +102,7 @@ def load_splits(settings: DatasetSettings) -> tuple[Dataset, Dataset | None]:
         split=settings.eval_split or "train",
         subset=settings.subset,
         columns=settings.columns,
+        need_responses=True,
     )
     return train, heldout
 
@@ -117,7 +122,7 @@ def build_trainer(
         models, splits: already loaded; None loads what the settings name.
     """
     args = settings.training_arguments()
-    train, heldout = splits if splits is not None else load_splits(settings.dataset)
+    train, heldout = splits or load_splits(settings.dataset, need_responses=needs_responses(args))
     if heldout is None and args.eval_strategy != "no":
         raise ValueError(
             f"training.eval_strategy is {args.eval_strategy.value!r} and dataset.eval is not set; name validation rows"

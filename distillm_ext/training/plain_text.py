@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from distillm_ext.training.collators import DistillationCollator, move_batch
 from distillm_ext.training.philox import Stream, generator
+from distillm_ext.training.row_files import warn_unused
 
 
 def pack_text(dataset: Dataset, tokenizer: Any, *, max_length: int, source: str = "lm_dataset") -> list[np.ndarray]:
@@ -37,6 +38,7 @@ def pack_text(dataset: Dataset, tokenizer: Any, *, max_length: int, source: str 
         pieces = [np.asarray([*ids, *end], dtype=np.int64) for ids in rows]
     else:
         raise ValueError(f"{source}: expected a column 'text' (or 'input_ids'), got {', '.join(columns) or 'none'}")
+    warn_unused([name for name in columns if name != ("input_ids" if "input_ids" in columns else "text")], source)
     stream = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
     blocks = [stream[start : start + max_length] for start in range(0, len(stream), max_length)]
     blocks = [block for block in blocks if len(block) >= 2]

@@ -19,6 +19,8 @@ from typing import Any
 from distillm_ext.training.schedule import AdaptiveSchedule
 
 POLICIES = ("dataset", "teacher_responses", "on_policy", "mixed", "adaptive_off_policy", "batched_on_policy")
+# Policies whose every step writes its responses.
+_WRITING = ("teacher_responses", "on_policy", "batched_on_policy")
 
 
 class Source(str, Enum):
@@ -136,6 +138,22 @@ class AdaptiveOffPolicy(Policy):
         self.schedule.phi = float(state["phi"])
         reference = state["reference_loss"]
         self.schedule.reference_loss = None if reference is None else float(reference)
+
+
+def reads_responses(name: str, *, mixed_fraction: float, warmup_steps: int) -> bool:
+    """Whether some step trains on responses of the data set; where none does, rows of a prompt alone are enough.
+
+    Args:
+        name: policy name.
+        mixed_fraction: on-policy probability of `mixed`.
+        warmup_steps: optimizer steps of a warm-up, which are on the data set whatever the policy.
+
+    Example:
+        >>> reads_responses("on_policy", mixed_fraction=0.5, warmup_steps=0)
+        False
+    """
+    writes = name in _WRITING or (name == "mixed" and mixed_fraction == 1)
+    return warmup_steps > 0 or not writes
 
 
 def make_policy(name: str, *, mixed_fraction: float, schedule: AdaptiveSchedule) -> Policy:

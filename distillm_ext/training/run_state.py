@@ -56,7 +56,7 @@ class RunState(ResumableTrainer):
         self.row_origin = RowOrigin(
             train_dataset if isinstance(train_dataset, Dataset) else None,
             self.train_dataset,
-            lambda rows: setup.prepare_split(rows, self.processing_class, self.args, "train_dataset"),
+            lambda rows: setup.prepare_train(rows, self.processing_class, self.args),
         )
         self.nan_guard = NanGuard(
             self.accelerator, report=self.nan_report, drop_losses=lambda flag: self._meters.end_step(flag)

@@ -22,6 +22,7 @@ from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.data import prepare_dataset
 from distillm_ext.training.objectives import CrossEntropyObjective, DivergenceObjective, Objective, ObjectiveSchedule
 from distillm_ext.training.plain_text import PlainTextBatches, pack_text
+from distillm_ext.training.policies import reads_responses
 from distillm_ext.training.replay import ReplayBuffer
 from distillm_ext.training.responses import EngineResponses
 from distillm_ext.training.rollouts import Rollouts
@@ -52,17 +53,30 @@ def check_processes(args: DistillationConfig) -> None:
         )
 
 
-def prepare_split(dataset: Dataset | None, tokenizer: Any, args: DistillationConfig, source: str) -> Dataset | None:
+def needs_responses(args: DistillationConfig) -> bool:
+    """Whether some step of the run trains on responses of its training set."""
+    return reads_responses(args.policy, mixed_fraction=args.mixed_fraction, warmup_steps=args.warmup_objective_steps)
+
+
+def prepare_train(dataset: Dataset | None, tokenizer: Any, args: DistillationConfig) -> Dataset | None:
+    """`prepare_split` for the training set, whose rows need responses only where a step of the policy reads them."""
+    return prepare_split(dataset, tokenizer, args, "train_dataset", prompts_only=not needs_responses(args))
+
+
+def prepare_split(
+    dataset: Dataset | None, tokenizer: Any, args: DistillationConfig, source: str, *, prompts_only: bool = False
+) -> Dataset | None:
     """Tokenises a data set and numbers its rows (column `row`), which names them in generation and storage.
 
-    None stays None.
+    None stays None. With `prompts_only` rows of a prompt alone are taken too.
     """
     if dataset is None:
         return None
     with args.main_process_first(desc=f"tokenising {source}"):
         rows = prepare_dataset(
-            dataset, tokenizer, max_prompt_length=args.max_prompt_length, max_length=args.max_length, source=source
-        )
+            dataset, tokenizer, max_prompt_length=args.max_prompt_length, max_length=args.max_length, source=source,
+            prompts_only=prompts_only, chat_template_kwargs=args.template_kwargs,
+        )  # fmt: skip
     if len(rows) == 0:
         raise ValueError(f"{source}: expected at least one row, got none")
     return rows.add_column("row", np.arange(len(rows), dtype=np.int64))

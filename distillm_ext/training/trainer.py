@@ -56,8 +56,10 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
             output (`distillm capture`), as a path or a `TeacherCache`: then no teacher is loaded, and the policy must
             be "dataset".
         args: a `DistillationConfig`.
-        train_dataset: rows with `prompt`/`completion` or `messages`, or token rows of `prepare_dataset`.
-        eval_dataset: the same; needed by the policy "adaptive_off_policy".
+        train_dataset: rows with `prompt`/`completion` or `messages`, or token rows of `prepare_dataset`. Rows of a
+            prompt alone are enough where every step of the policy writes its responses ("on_policy",
+            "batched_on_policy", "teacher_responses", "mixed" with `mixed_fraction` 1; no warm-up on the data).
+        eval_dataset: the same, with responses; needed by the policy "adaptive_off_policy".
         processing_class: the tokenizer, shared by student and teacher; of a processor its tokenizer is taken.
         teacher_cache: a cache beside a teacher model: rows that it holds meet no teacher, all others the model.
         lm_dataset: plain text (`text` or `input_ids`) for the additional language-modelling loss, in place of the file
@@ -120,7 +122,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
             model=model,
             args=args,
             data_collator=DistillationCollator(padding_id(tokenizer, model, teacher)),
-            train_dataset=setup.prepare_split(train_dataset, tokenizer, args, "train_dataset"),
+            train_dataset=setup.prepare_train(train_dataset, tokenizer, args),
             eval_dataset=setup.prepare_eval(eval_dataset, tokenizer, args),
             processing_class=tokenizer,
             callbacks=callbacks,
