@@ -1,9 +1,9 @@
 """Every part of the package once, with models made on the spot: `python python_tests/smoke.py`, under a minute.
 
 A loss with its gradient; a conversation tokenised; training on the student's own responses through the command line,
-stopped and resumed; the teacher captured to disk and read from there; an evaluation with ROUGE-L; a picture of the run;
-LoRA; a GGUF file. It says of one set of installed packages whether the code fits them. `.ci/check_floors` runs it at the oldest versions
-that pyproject.toml promises.
+stopped and resumed; the teacher captured to disk and read from there; an evaluation with ROUGE-L; a picture of the
+run; LoRA; a GGUF file. It says of one set of installed packages whether the code fits them: `.ci/check_floors` runs it
+at the oldest versions that pyproject.toml promises.
 """
 
 from __future__ import annotations
