@@ -1,9 +1,9 @@
 """Every part of the package once, with models made on the spot: `python python_tests/smoke.py`, under a minute.
 
-A loss with its gradient; training on the student's own responses through the command line, stopped and resumed; the
-teacher captured to disk and read from there; an evaluation with ROUGE-L; a picture of the run; LoRA; a GGUF file.
-It says of one set of installed packages whether the code fits them. `.ci/check_floors` runs it at the oldest versions
-that pyproject.toml promises.
+A loss with its gradient; a conversation tokenised; training on the student's own responses through the command line,
+stopped and resumed; the teacher captured to disk and read from there; an evaluation with ROUGE-L; a picture of the
+run; LoRA; a GGUF file. It says of one set of installed packages whether the code fits them: `.ci/check_floors` runs it
+at the oldest versions that pyproject.toml promises.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import peft
 import torch
 from cli_world import run, settings_text, write_world
-from distillm_ext.training.models import load_student, load_teacher, load_tokenizer
+from data_world import CHATML, TALK, make_bpe, prepare, targets
 from gguf_world import write_gguf
 from trainer_world import tiny_config, tiny_model, tiny_trainer
 
@@ -34,6 +34,12 @@ def check_loss() -> None:
     log_q, log_p = reference.log_softmax(-1), teacher.double().log_softmax(-1)
     (log_q.exp() * (log_q - log_p)).sum(-1).mean().backward()
     torch.testing.assert_close(student.grad.double(), reference.grad, rtol=1e-4, atol=1e-6)
+
+
+def check_conversation() -> None:
+    tokenizer = make_bpe(CHATML)
+    row = prepare([{"messages": TALK}], tokenizer)[0]
+    assert "the end" in tokenizer.decode(targets(row)), tokenizer.decode(row["input_ids"])
 
 
 def check_commands(folder: Path) -> None:
@@ -76,6 +82,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as temporary:
         check_loss()
+        check_conversation()
         for check in (check_commands, check_lora, check_gguf):
             check(Path(temporary))
             print("smoke:", check.__name__.removeprefix("check_"), flush=True)
