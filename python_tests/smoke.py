@@ -23,6 +23,7 @@ from trainer_world import tiny_config, tiny_model, tiny_trainer
 
 import distillm_ext
 from distillm_ext.evaluation.plots import plot_training
+from distillm_ext.models.loading import load_student, load_teacher, load_tokenizer
 
 
 def check_loss() -> None:
