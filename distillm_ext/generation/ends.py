@@ -23,6 +23,7 @@ def end_token_ids(
     rows: Any = None,
     *,
     max_length: int | None = None,
+    more: Iterable[int] = (),
     source: str = "train_dataset",
 ) -> tuple[int, ...]:
     """Every token that ends a response: the tokenizer's EOS, those of the models' configurations and generation
@@ -34,9 +35,10 @@ def end_token_ids(
     Args:
         tokenizer: shared by the models.
         models: by the name that the log gives them; None is skipped.
-        rows: a `datasets.Dataset` of token rows (`input_ids`, `prompt_length`), of which up to `SCANNED_ROWS` are
-            looked at; anything else is not looked at.
+        rows: a `datasets.Dataset` of token rows (`input_ids`, `loss_mask`, `prompt_length`), of which up to
+            `SCANNED_ROWS` are looked at; anything else is not looked at.
         max_length: rows that long may have been cut, and tell nothing of their end.
+        more: what else is known to end the responses of the data.
         source: what to call the rows in the log.
 
     Returns:
@@ -50,6 +52,7 @@ def end_token_ids(
     if tokenizer.eos_token_id is not None:
         declared.add(tokenizer.eos_token_id)
     found = data_ends(tokenizer, rows, max_length=max_length) if hasattr(rows, "select") else set()
+    found |= set(more)
     for token in sorted(found - declared):
         logger.warning(
             "%s: responses end with %r (id %d), which neither the tokenizer nor a generation config names as an end; "
@@ -92,22 +95,22 @@ def data_ends(tokenizer: Any, rows: Any, *, max_length: int | None) -> set[int]:
 
 
 def _closing_tokens(rows: Any, max_length: int | None) -> tuple[Counter[int], Counter[int]]:
-    """How often each token ends a response, and how often such a token stands within one."""
+    """How often each token is the last target of a row, and how often such a token stands within a response."""
     from pyarrow import compute
 
     step = -(-len(rows) // SCANNED_ROWS) or 1
-    table = (
-        rows.select(range(0, len(rows), step)).select_columns(["input_ids", "prompt_length"]).with_format("arrow")[:]
-    )
-    ids = table["input_ids"].combine_chunks()
+    columns = ["input_ids", "loss_mask", "prompt_length"]
+    table = rows.select(range(0, len(rows), step)).select_columns(columns).with_format("arrow")[:]
+    ids, masks = (table[name].combine_chunks() for name in columns[:2])
     lengths, prompts = compute.list_value_length(ids).to_numpy(), table["prompt_length"].to_numpy()
-    whole = (lengths > prompts) & (lengths < (max_length or lengths.max(initial=0) + 1))
-    tokens, stops = ids.flatten().to_numpy(), lengths.cumsum()
-    ends = tokens[stops[whole] - 1]
-    place = np.arange(len(tokens)) - np.repeat(stops - lengths, lengths)
-    within = (
-        np.repeat(whole, lengths) & (place >= np.repeat(prompts, lengths)) & (place < np.repeat(lengths - 1, lengths))
-    )
+    tokens, targets = ids.flatten().to_numpy(), np.flatnonzero(masks.flatten().to_numpy(zero_copy_only=False))
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(tokens)) - np.repeat(lengths.cumsum() - lengths, lengths)
+    last = np.full(len(lengths), -1)
+    last[row[targets]] = place[targets]  # the last of a row's targets is written last
+    whole = (last >= prompts) & (lengths < (max_length or lengths.max(initial=0) + 1))
+    ends = tokens[whole[row] & (place == last[row])]
+    within = whole[row] & (place >= prompts[row]) & (place < last[row])
     return Counter(ends.tolist()), Counter(tokens[within & np.isin(tokens, ends)].tolist())
 
 

@@ -272,3 +272,14 @@ def _moved(spans: Sequence[Span], begin: int, shift: int) -> list[Span]:
     """Ranges of the rendered conversation, in which the response begins at `begin`, as ranges of prompt + bridge +
     response. What the generation prompt gives of the last turn is no target."""
     return [(max(left, begin) + shift, right + shift) if right > begin else (left, right) for left, right in spans]
+
+
+def template_ends(tokenizer: Any, settings: Mapping[str, Any]) -> list[int]:
+    """The token that a chat template puts behind an assistant's turn; none without a template or such a token."""
+    try:
+        text = Conversations(tokenizer, settings)._end_of_turn(_Renderer(tokenizer, settings, {}))
+    except RowError:
+        return []
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids = tokenizer(text or "", add_special_tokens=False)["input_ids"]
+    return [index for index in ids if index in added or index in tokenizer.all_special_ids][:1]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow.compute
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -17,6 +18,7 @@ from distillm_ext.generation import Engine, LocalEngine, full_weights
 from distillm_ext.generation.ends import end_token_ids, name_ends
 from distillm_ext.generation.positions import check_positions
 from distillm_ext.models.vocabulary import check_token_ids
+from distillm_ext.training.chat import template_ends
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.data import prepare_dataset
@@ -135,9 +137,19 @@ def response_ends(
 ) -> tuple[int, ...]:
     """Tokens that end the responses of student and teacher (`end_token_ids`). The student's generation config names
     them from now on, so the saved model stops where it was taught to."""
-    ends = end_token_ids(tokenizer, models, train_dataset, max_length=args.max_length)
+    more = template_ends(tokenizer, args.template_kwargs) if has_prompts_alone(train_dataset) else ()
+    ends = end_token_ids(tokenizer, models, train_dataset, max_length=args.max_length, more=more)
     name_ends(models["student"], ends)
     return ends
+
+
+def has_prompts_alone(rows: Any) -> bool:
+    """Whether some of the token rows have no response."""
+    if not isinstance(rows, Dataset):
+        return False
+    table = rows.select_columns(["input_ids", "prompt_length"]).with_format("arrow")[:]
+    lengths = pyarrow.compute.list_value_length(table["input_ids"]).to_numpy()
+    return bool((lengths == table["prompt_length"].to_numpy()).any())
 
 
 def check_lengths(args: DistillationConfig, models: Mapping[str, Any], datasets: Mapping[str, Any]) -> None:
