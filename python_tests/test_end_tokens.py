@@ -151,3 +151,27 @@ def test_responses_with_other_ends_do_not_come_back(tmp_path, caplog):
             again.load_extra_state(*load_state(tmp_path / "checkpoint-2"))
         assert bool(again.rollouts.store.by_row) == kept
         assert any("those of this run" in record.getMessage() for record in caplog.records) == (not kept)
+
+
+def test_the_last_target_is_not_the_last_token():
+    """White space behind the end of a turn is shown to the model and is no target."""
+    made = rows([[7, TURN, 8], [9, 11, TURN, 8]]).to_list()
+    for row in made:
+        row["loss_mask"][-1] = 0
+    assert end_token_ids(tokenizer(), {}, Dataset.from_list(made)) == (EOS, TURN)
+
+
+def test_prompts_alone_are_answered_to_the_end_of_a_turn(tmp_path, caplog):
+    """The data have no response to tell their end by: the chat template does."""
+    made = tokenizer()
+    made.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}w4 {{ m.content }} w5 {% else %}{{ m.content }} <unk> "
+        "{% endif %}{% endfor %}"
+    )
+    prompts = Dataset.from_list([{"messages": [{"role": "user", "content": f"w{i}"}]} for i in range(6, 14)])
+    with caplog.at_level(logging.WARNING):
+        trainer = tiny_trainer(
+            tiny_config(tmp_path, policy="on_policy"), train_dataset=prompts, eval_dataset=None, processing_class=made
+        )
+    assert TURN in trainer.eos_token_ids and TURN in trainer.model.generation_config.eos_token_id
+    assert any("'<unk>' (id 3)" in record.getMessage() for record in caplog.records)
