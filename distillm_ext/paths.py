@@ -39,6 +39,6 @@ def expand_path(path: str | os.PathLike[str], name: str) -> str:
         return os.environ[variable]
 
     expanded = os.path.expanduser(_VARIABLE.sub(value, text))
-    if expanded.startswith("~") and "/" in expanded:
+    if expanded.startswith("~"):
         raise ValueError(f"{name}: {text!r} names the home folder of a user that is not known; write the path out")
     return expanded

@@ -133,3 +133,35 @@ def test_an_adapter_keeps_what_ends_a_response(tmp_path):
     trainer.model.get_base_model().generation_config.eos_token_id = [EOS, 9]
     trainer.save_model(str(tmp_path / "final"))
     assert load_teacher(tmp_path / "final").generation_config.eos_token_id == [EOS, 9]
+
+
+@pytest.mark.parametrize("beside_default", [False, True])
+def test_an_adapter_of_another_name(tmp_path, beside_default):
+    """It is saved in a folder of its name: loaded from there as the best one, and never taken for another."""
+    from trainer_world import tiny_config, tiny_model, tiny_trainer
+
+    base = tiny_model(1)
+    base.save_pretrained(tmp_path / "base")
+    options = LoraConfig(target_modules=["q_proj", "up_proj"], r=4, task_type="CAUSAL_LM")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if beside_default:
+        student = get_peft_model(student, options)
+        student.add_adapter("mine", options)
+        student.set_adapter("mine")
+    else:
+        student = get_peft_model(student, options, adapter_name="mine")
+    args = tiny_config(
+        tmp_path / "out", max_steps=4, learning_rate=0.5, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+    )  # fmt: skip
+    trainer = tiny_trainer(args, model=student)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert min(losses) < losses[-1]  # the last is not the best
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
+    trainer.save_model(str(tmp_path / "final"))
+    with pytest.raises(ValueError, match="holds adapters in mine; name the one"):
+        load_teacher(tmp_path / "final")
+    ids = torch.tensor([[1, 5, 6, 7]])
+    expected = trainer.model.eval()(ids).logits
+    torch.testing.assert_close(load_teacher(tmp_path / "final/mine")(ids).logits, expected, rtol=1e-4, atol=1e-4)

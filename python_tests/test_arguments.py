@@ -10,8 +10,9 @@ import transformers
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from trainer_world import VOCAB, tiny_config, tiny_model, tiny_tokenizer, tiny_trainer, token_rows
-from transformers import ProcessorMixin, TrainingArguments
+from transformers import ProcessorMixin, TrainerCallback, TrainingArguments
 
+from distillm_ext.generation import full_weights
 from distillm_ext.models.checks import check_apart, check_causal, check_complete
 from distillm_ext.training import DistillationTrainer
 
@@ -135,3 +136,48 @@ def test_a_checkpoint_without_all_weights_is_refused():
         check_complete(model, {"missing_keys": {"lm_head.weight"}}, "'a'")
     with pytest.raises(ValueError, match="lacks 1 weights"):
         check_complete(model, {"mismatched_keys": {("lm_head.weight", (1,), (2,))}}, "'a'")
+
+
+def test_models_inside_wrappers_that_cannot_be_trained(tmp_path):
+    options = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    nested = get_peft_model(get_peft_model(tiny_model(1), options), options)
+    with pytest.raises(TypeError, match="model: an adapter stands around a model that has one.*merge_and_unload"):
+        tiny_trainer(tiny_config(tmp_path), model=nested)
+    mixed = get_peft_model(tiny_model(1), options, mixed=True)
+    for call in (lambda: tiny_trainer(tiny_config(tmp_path), model=mixed), lambda: list(full_weights(mixed))):
+        with pytest.raises(TypeError, match="model: adapters of mixed kinds"):
+            call()
+    wrapped = torch.nn.DataParallel(tiny_model(1))
+    with pytest.raises(TypeError, match=r"teacher: .*got it inside DataParallel; pass the model itself"):
+        tiny_trainer(tiny_config(tmp_path), teacher=wrapped)
+
+
+def test_memory_beside_the_students_is_not_shared():
+    one, other = tiny_model(1), tiny_model(2)
+    both = torch.zeros(2, *one.lm_head.weight.shape)
+    one.lm_head.weight, other.lm_head.weight = (torch.nn.Parameter(part) for part in both)
+    check_apart(one, other)
+    other.lm_head.weight = torch.nn.Parameter(both.flatten()[8 : 8 + both[0].numel()].view(both[0].shape))
+    with pytest.raises(ValueError, match="'lm_head.weight' is the student's 'lm_head.weight'"):
+        check_apart(one, other)
+
+
+def test_float64_on_one_side_and_nothing_to_train(tmp_path):
+    with pytest.raises(ValueError, match="teacher: a student of float64 and a teacher of float32"):
+        tiny_trainer(tiny_config(tmp_path), model=tiny_model(1).double())
+    trainer = tiny_trainer(tiny_config(tmp_path), model=tiny_model(1).requires_grad_(False))
+    with pytest.raises(ValueError, match="model: no parameter is trainable"):
+        trainer.train()
+    with pytest.raises(TypeError, match="callbacks: expected a list"):
+        tiny_trainer(tiny_config(tmp_path), callbacks=TrainerCallback())
+
+
+def test_a_set_handed_to_evaluate_is_checked_like_the_trainers_own(tmp_path):
+    trainer = tiny_trainer(tiny_config(tmp_path))
+    rows = token_rows(3).to_list()
+    rows[1]["input_ids"][-1] = VOCAB + 5
+    with pytest.raises(ValueError, match="eval_dataset, row 2: token id 69"):
+        trainer.evaluate(Dataset.from_list(rows))
+    long = {"input_ids": [5] * 200, "loss_mask": [0] + [1] * 199, "prompt_length": 1}
+    with pytest.raises(ValueError, match="test_dataset: row 1 has 200 tokens, more than the 128 positions"):
+        trainer.predict(Dataset.from_list([long]))

@@ -38,7 +38,7 @@ def test_a_file_with_a_dollar_sign_in_its_name_is_found(home):
     assert expand_path(home / "$NOWHERE.jsonl", "x") == f"{home}/$NOWHERE.jsonl"
 
 
-@pytest.mark.parametrize("path", ["$NOWHERE/a", "a/${NOWHERE}", "~nobody-of-this-name/a"])
+@pytest.mark.parametrize("path", ["$NOWHERE/a", "a/${NOWHERE}", "~nobody-of-this-name/a", "~nobody-of-this-name"])
 def test_what_cannot_be_replaced_is_an_error(home, path):
     with pytest.raises(ValueError, match="data: .*(NOWHERE.* is not set|home folder)"):
         expand_path(path, "data")

@@ -52,6 +52,26 @@ def check_no_virtual_tokens(model: Any, name: str) -> None:
             )
 
 
+def base_of(inner: Any, name: str) -> Any:
+    """The transformers model inside PEFT's, or what was given.
+
+    Raises:
+        TypeError: adapters of mixed kinds (`mixed=True`), or an adapter around an adapted model.
+    """
+    base: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", inner)
+    if hasattr(base, "get_base_model"):
+        raise TypeError(
+            f"{name}: an adapter stands around a model that has one already, which is not supported; merge the inner one "
+            "(merge_and_unload), or add the outer one to it (add_adapter)"
+        )
+    if hasattr(inner, "peft_config") and not hasattr(inner, "get_base_model") and hasattr(inner, "base_model"):
+        if type(inner).__name__ == "PeftMixedModel":
+            raise TypeError(
+                f"{name}: adapters of mixed kinds (mixed=True) are not supported; use one kind, such as LoRA"
+            )
+    return base
+
+
 def causal_model(model: nn.Module) -> Any:
     """The transformers model inside whatever wraps it.
 
@@ -63,7 +83,7 @@ def causal_model(model: nn.Module) -> Any:
         raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
     inner = unwrapped(model)
     check_no_virtual_tokens(inner, "model")
-    causal: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", inner)
+    causal = base_of(inner, "model")
     if not hasattr(causal, "config") or not hasattr(causal, "get_output_embeddings"):
         raise TypeError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
     return causal

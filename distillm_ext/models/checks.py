@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import bisect
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.models.auto import modeling_auto
 
-from distillm_ext.generation.forward import unwrapped
+from distillm_ext.generation.forward import base_of, unwrapped
 
 _CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 # Most of these hold causal models too, so the causal ones are looked up first.
@@ -32,20 +34,21 @@ def check_causal(model: Any, name: str) -> None:
     """Refuses what is not a causal language model.
 
     Args:
-        model: what was given; may be wrapped (PEFT, DDP, `torch.compile`).
+        model: what was given; may be wrapped (PEFT, `torch.compile`).
         name: what to call it in messages.
 
     Raises:
         TypeError: a name or path in place of a model, an object of another class, a model without a language-model
-            head, a classifier, a masked language model, an encoder-decoder.
+            head, a classifier, a masked language model, an encoder-decoder, one inside DDP, nested or mixed adapters.
     """
     expected = f"{name}: expected a causal language model of transformers"
     if isinstance(model, (str, Path)):
         raise TypeError(f"{expected}, got the name {str(model)!r}; load it: AutoModelForCausalLM.from_pretrained(...)")
     if not isinstance(model, nn.Module):
         raise TypeError(f"{expected}, got {type(model).__name__}; {_REMEDY}")
-    inner = unwrapped(model)
-    causal: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if isinstance(model, (DistributedDataParallel, DataParallel)):
+        raise TypeError(f"{expected}, got it inside {type(model).__name__}; pass the model itself (model.module)")
+    causal = base_of(unwrapped(model), name)
     found = type(causal).__name__
     config = getattr(causal, "config", None)
     if getattr(config, "is_encoder_decoder", False):
@@ -115,25 +118,30 @@ def check_apart(student: nn.Module, teacher: nn.Module) -> None:
     """
     if student is teacher:
         raise ValueError("teacher: is the same object as model; freezing it would freeze the student. Load it twice")
-    ours = {_storage(parameter): name for name, parameter in student.named_parameters(remove_duplicate=False)}
-    shared = [
-        (ours[_storage(parameter)], name)
-        for name, parameter in teacher.named_parameters(remove_duplicate=False)
-        if _storage(parameter) in ours
-    ]
+    mine = sorted(_places(student), key=lambda place: place[:2])
+    starts = [place[:2] for place in mine]
+    shared = []
+    for device, start, end, name in _places(teacher):
+        # Tied parameters of the student lie in one place, others apart: the last that begins before `end` decides.
+        last = bisect.bisect_left(starts, (device, end)) - 1
+        if last >= 0 and mine[last][0] == device and mine[last][2] > start:
+            shared.append((mine[last][3], name))
     if shared:
-        mine, theirs = shared[0]
+        ours, theirs = shared[0]
         more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
         raise ValueError(
-            f"teacher: shares parameters with model ({theirs!r} is the student's {mine!r}{more}); freezing the teacher "
+            f"teacher: shares parameters with model ({theirs!r} is the student's {ours!r}{more}); freezing the teacher "
             "would freeze them, and training the student would change the teacher. Load the teacher once more, or "
             "pass a copy (copy.deepcopy) made before adapters were added"
         )
 
 
-def _storage(parameter: Tensor) -> tuple[Any, ...]:
-    """What two parameters with common memory have in common."""
-    if parameter.is_meta or type(parameter).__name__ == "DTensor":
-        return (id(parameter),)
-    pointer = parameter.untyped_storage().data_ptr()
-    return (parameter.device, pointer) if pointer else (id(parameter),)
+def _places(model: nn.Module) -> Iterator[tuple[str, int, int, str]]:
+    """(device, first byte, last byte + 1, name) of each parameter; one without memory of its own is told by its id."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_meta or type(parameter).__name__ == "DTensor" or parameter.data_ptr() == 0:
+            yield "object", id(parameter), id(parameter) + 1, name
+        elif parameter.numel():
+            steps = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+            first = parameter.data_ptr()
+            yield str(parameter.device), first, first + (steps + 1) * parameter.element_size(), name

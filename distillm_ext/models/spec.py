@@ -69,6 +69,12 @@ class ModelSpec:
             raise ValueError(f"{text!r} is a file; a model is a folder, a .gguf file or a hub name")
         if (path / MANIFEST).is_file() and not (path / "config.json").is_file():
             raise ValueError(f"{text!r} is a cache of a teacher's output, not a model; name the model's folder")
+        inside = sorted(file.parent.name for file in path.glob(f"*/{ADAPTER_CONFIG}"))
+        if inside and not (path / "config.json").is_file():
+            # PEFT saves an adapter named "default" into the folder itself and any other into a folder of its name.
+            raise ValueError(
+                f"{text!r} holds adapters in {', '.join(inside)}; name the one that is meant: {path / inside[0]}"
+            )
         if (path / ADAPTER_CONFIG).is_file():
             return cls(text)
         if path.is_dir() and not (path / "config.json").is_file():

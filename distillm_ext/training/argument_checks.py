@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,13 @@ from distillm_ext.training.config import DistillationConfig
 
 
 def check_arguments(
-    model: Any, teacher: Any, args: Any, processing_class: Any, generation_engine: Any, datasets: Mapping[str, Any]
+    model: Any,
+    teacher: Any,
+    args: Any,
+    processing_class: Any,
+    generation_engine: Any,
+    callbacks: Any,
+    datasets: Mapping[str, Any],
 ) -> Any:
     """Refuses arguments of the wrong class; `teacher` is None where there is only a cache.
 
@@ -36,6 +43,7 @@ def check_arguments(
     if teacher is not None:
         check_causal(teacher, "teacher")
         check_apart(model, teacher)
+        _check_precision(model, teacher)
     for name, given in (("model", model), ("teacher", teacher)):
         check_no_virtual_tokens(given, name)
     for name, dataset in datasets.items():
@@ -44,7 +52,20 @@ def check_arguments(
         raise TypeError(
             f"generation_engine: expected an Engine of distillm_ext.generation or None, got {_name(generation_engine)}"
         )
+    if callbacks is not None and not isinstance(callbacks, (list, tuple)):
+        raise TypeError(f"callbacks: expected a list of TrainerCallback, got {_name(callbacks)}; put it into a list")
     return text_tokenizer(processing_class)
+
+
+def _check_precision(model: Any, teacher: Any) -> None:
+    """float64 is kept as it is, so it must be on both sides."""
+    dtypes = [next(part.parameters()).dtype for part in (model, teacher)]
+    if torch.float64 in dtypes and dtypes[0] != dtypes[1]:
+        names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        raise ValueError(
+            f"teacher: a student of {names[0]} and a teacher of {names[1]} cannot be compared; float64 needs float64 on "
+            "both sides. Load both in float64, or neither"
+        )
 
 
 def text_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
@@ -94,9 +115,8 @@ def check_dataset(dataset: Any, name: str, *, splits: bool = False) -> None:
     raise TypeError(f"{name}: expected a datasets.Dataset, got {_name(dataset)}; {remedy}")
 
 
-def check_tokens(splits: Mapping[str, Any], tokenizer: Any, student: Any, teacher: Any, vocab_size: int) -> None:
+def check_tokens(splits: Mapping[str, Any], tokenizer: Any, models: Mapping[str, Any], vocab_size: int) -> None:
     """`check_dataset_ids` of prepared data sets by name; a dict of them is looked at part by part."""
-    models = {"student": student, "teacher": teacher}
     for name, split in splits.items():
         parts = {f"{name}[{key}]": part for key, part in split.items()} if isinstance(split, dict) else {name: split}
         for label, part in parts.items():

@@ -204,6 +204,8 @@ class DistillationConfig(TrainingArguments):
             "auto_find_batch_size": "it starts again in the middle of a run; set per_device_train_batch_size",
             "torch_compile": "the loss is computed inside the student's head; call model.model.compile() yourself",
             "label_smoothing_factor": "the teacher's distribution takes its place; set ce_weight or temperature",
+            "bf16_full_eval": "validation runs in the precision of training",
+            "fp16_full_eval": "validation runs in the precision of training",
             "use_liger_kernel": "it replaces the head that the loss is computed in",
         }
         for name, reason in unsupported.items():

@@ -59,8 +59,13 @@ class ResumableTrainer(Trainer):
             trial, ignore_keys_for_eval: as in `transformers.Trainer.train`.
 
         Raises:
-            ValueError: the checkpoint is not complete, or there is none.
+            ValueError: the checkpoint is not complete, or there is none; or the model has nothing to train.
         """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):  # type: ignore[union-attr]
+            raise ValueError(
+                "model: no parameter is trainable; load an adapter with is_trainable=True, or call requires_grad_ on what "
+                "is to be trained"
+            )
         path = self._resolve_checkpoint(resume_from_checkpoint)
         self.reset_extra_state()
         if path is not None:
@@ -98,6 +103,16 @@ class ResumableTrainer(Trainer):
         settings = getattr(base, "generation_config", None)
         if settings is not None:
             settings.save_pretrained(output_dir if output_dir is not None else self.args.output_dir)
+
+    def _load_best_model(self) -> None:
+        """As in the parent, which looks for every adapter where PEFT saves the one that is called "default"."""
+        adapted: Any = self.model
+        active = getattr(adapted, "active_adapter", None)
+        folder = Path(str(self.state.best_model_checkpoint)) / str(active)
+        if active == "default" or not (folder / "adapter_config.json").is_file():
+            return super()._load_best_model()
+        logger.info("loading the best adapter from %s (score: %s)", folder, self.state.best_metric)
+        adapted.load_adapter(str(folder), active, is_trainable=True)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial=trial))

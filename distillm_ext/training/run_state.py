@@ -10,9 +10,11 @@ from datasets import Dataset
 from torch import Tensor
 
 from distillm_ext.generation import Engine
+from distillm_ext.generation.positions import check_positions
 from distillm_ext.teacher import TeacherCache
 from distillm_ext.teacher.settings import CompressionSettings
 from distillm_ext.training import setup, teaching_setup
+from distillm_ext.training.argument_checks import check_tokens
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.meters import Meters
@@ -111,6 +113,16 @@ class RunState(ResumableTrainer):
         )
         self._meters = Meters(args.device)
         self.nan_guard.reset()
+
+    def check_rows(self, splits: Mapping[str, Any]) -> None:
+        """Refuses prepared rows that a model of the run cannot read, or whose targets the losses cannot compare.
+
+        Raises:
+            ValueError: names the data set, the row, and the token and model or the limit.
+        """
+        models = {"student": self.student.model, "teacher": self.teacher.model if self.teacher is not None else None}
+        check_positions(models, self.args.max_length, rows=splits)
+        check_tokens(splits, self.processing_class, models, self.vocab_size)
 
     def extra_state(self) -> dict[str, Any]:
         """φ and its reference loss; the epoch of stored responses, and what ended them."""

@@ -213,6 +213,11 @@ def _training(tree: Tree, source: str) -> dict[str, Any]:
         check_keys(sampling, field_types(SamplingParams), "training.sampling.", source)
     values = _coerce_all(tree, types, "training.")
     values.setdefault("output_dir", str(Path("runs") / Path(source).stem))
+    if values["output_dir"] is None:
+        raise SettingsError(
+            f"training.output_dir: expected a folder, got null ({place_of(tree['output_dir'])}); YAML reads a bare ~ as "
+            "null: write ~/runs"
+        )
     return values
 
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from distillm_ext.generation import Engine
 from distillm_ext.models.vocabulary import compared_vocabulary, padding_id
 from distillm_ext.training import setup, teaching_setup
-from distillm_ext.training.argument_checks import check_arguments, check_tokens
+from distillm_ext.training.argument_checks import check_arguments
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.heads import Rows, TokenBatch
@@ -112,7 +112,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
     ) -> None:
         teacher, teacher_cache = teaching_setup.split_teacher(teacher, teacher_cache)
         tokenizer = check_arguments(
-            model, teacher, args, processing_class, generation_engine,
+            model, teacher, args, processing_class, generation_engine, callbacks,
             {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "lm_dataset": lm_dataset},
         )  # fmt: skip
         setup.check_processes(args)
@@ -133,8 +133,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         self.student = StudentForward(self.accelerator.unwrap_model(self.model), self.accelerator.autocast)
         captured = None if self.teacher_cache is None else self.teacher_cache.spec.vocab_size
         self.vocab_size = compared_vocabulary(tokenizer, student=self.student.model, teacher=teacher, cache=captured)
-        splits = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
-        check_tokens(splits, tokenizer, self.student.model, teacher, self.vocab_size)
+        self.check_rows({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset})
         dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         with self.accelerator.autocast():
             setup.verify_heads(dataset, self.teacher, self.student)

@@ -122,7 +122,7 @@ def token_means(sums: np.ndarray, prefix: str) -> dict[str, float]:
 class TokenWeightedEvaluation(Trainer):
     """A trainer whose evaluation reports cross-entropy and divergence by token; no predictions are kept.
 
-    The class it is mixed into has `teaching`, `vocab_size`, `tail`, and `student`, a `StudentForward`.
+    The class it is mixed into has `teaching`, `vocab_size`, `tail`, `check_rows`, and `student`, a `StudentForward`.
     """
 
     args: DistillationConfig
@@ -148,7 +148,10 @@ class TokenWeightedEvaluation(Trainer):
             return super().get_test_dataloader(self._numbered(test_dataset, "test_dataset"))
 
     def _numbered(self, dataset: Any, name: str) -> Dataset:
-        return prepare_split(dataset, self.processing_class, self.args, name)
+        rows = prepare_split(dataset, self.processing_class, self.args, name)
+        run: Any = self
+        run.check_rows({name: rows})
+        return rows
 
     @contextlib.contextmanager
     def _whole_set(self, *, keep_workers: bool) -> Iterator[None]:
