@@ -61,14 +61,11 @@ def base_of(inner: Any, name: str) -> Any:
     base: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", inner)
     if hasattr(base, "get_base_model"):
         raise TypeError(
-            f"{name}: an adapter stands around a model that has one already, which is not supported; merge the inner one "
-            "(merge_and_unload), or add the outer one to it (add_adapter)"
+            f"{name}: an adapter stands around a model that has one already, which is not supported; merge the inner "
+            "one (merge_and_unload), or add the outer one to it (add_adapter)"
         )
-    if hasattr(inner, "peft_config") and not hasattr(inner, "get_base_model") and hasattr(inner, "base_model"):
-        if type(inner).__name__ == "PeftMixedModel":
-            raise TypeError(
-                f"{name}: adapters of mixed kinds (mixed=True) are not supported; use one kind, such as LoRA"
-            )
+    if type(inner).__name__ == "PeftMixedModel":
+        raise TypeError(f"{name}: adapters of mixed kinds (mixed=True) are not supported; use one kind, such as LoRA")
     return base
 
 

@@ -63,8 +63,8 @@ def _check_precision(model: Any, teacher: Any) -> None:
     if torch.float64 in dtypes and dtypes[0] != dtypes[1]:
         names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
         raise ValueError(
-            f"teacher: a student of {names[0]} and a teacher of {names[1]} cannot be compared; float64 needs float64 on "
-            "both sides. Load both in float64, or neither"
+            f"teacher: a student of {names[0]} and a teacher of {names[1]} cannot be compared; float64 needs float64 "
+            "on both sides. Load both in float64, or neither"
         )
 
 

@@ -63,8 +63,8 @@ class ResumableTrainer(Trainer):
         """
         if not any(parameter.requires_grad for parameter in self.model.parameters()):  # type: ignore[union-attr]
             raise ValueError(
-                "model: no parameter is trainable; load an adapter with is_trainable=True, or call requires_grad_ on what "
-                "is to be trained"
+                "model: no parameter is trainable; load an adapter with is_trainable=True, or call requires_grad_ on "
+                "what is to be trained"
             )
         path = self._resolve_checkpoint(resume_from_checkpoint)
         self.reset_extra_state()

@@ -24,6 +24,7 @@ from distillm_ext.training.policies import make_policy
 from distillm_ext.training.resumable import ResumableTrainer
 from distillm_ext.training.row_origin import RowOrigin
 from distillm_ext.training.schedule import SCHEDULES
+from distillm_ext.training.student import StudentForward
 from distillm_ext.training.teacher import ModelTeacher
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class RunState(ResumableTrainer):
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     generation_engine: Engine | None
+    student: StudentForward
     nan_guard: NanGuard
     row_origin: RowOrigin
 

@@ -215,8 +215,8 @@ def _training(tree: Tree, source: str) -> dict[str, Any]:
     values.setdefault("output_dir", str(Path("runs") / Path(source).stem))
     if values["output_dir"] is None:
         raise SettingsError(
-            f"training.output_dir: expected a folder, got null ({place_of(tree['output_dir'])}); YAML reads a bare ~ as "
-            "null: write ~/runs"
+            f"training.output_dir: expected a folder, got null ({place_of(tree['output_dir'])}); YAML reads a bare ~ "
+            "as null: write ~/runs"
         )
     return values
 
