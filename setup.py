@@ -1,8 +1,9 @@
 """Builds the extension: `_C` (schemas, CPU operators) and `_codec` (NumPy codec) always, `_C_cuda` where CUDA is found.
 
 Environment: DISTILLM_CUDA = auto | 0 | 1 (auto: build the CUDA kernels when nvcc and a CUDA build of torch are there),
-DISTILLM_LINEINFO = 0 | 1 (1: the CUDA kernels carry source lines for Nsight Compute and compute-sanitizer; the code is
-the same), TORCH_CUDA_ARCH_LIST (default below), CXX, CUDA_HOME, MAX_JOBS.
+DISTILLM_LINEINFO = 0 | 1 (1: the CUDA kernels carry source lines for Nsight Compute and compute-sanitizer; their code
+is the same, but the library then names the folder it was built in), TORCH_CUDA_ARCH_LIST (default below), CXX,
+CUDA_HOME, MAX_JOBS.
 """
 
 import os
