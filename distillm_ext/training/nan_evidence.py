@@ -28,6 +28,7 @@ from distillm_ext.training.nan_policy import Fault, nonfinite
 from distillm_ext.training.objectives import cross_entropy
 from distillm_ext.training.rollouts import preserved_rng
 from distillm_ext.training.router_loss import ModelLoss
+from distillm_ext.training.row_origin import name_row
 
 logger = logging.getLogger(__name__)
 _POSITIONS = 256  # whose logits are formed at once
@@ -277,8 +278,4 @@ def _finite(value: float) -> bool:
 
 def _name(row: Mapping[str, Any]) -> str:
     """One bad row in a few words."""
-    origin = row["origin"]
-    place = f"row {row['row']}"
-    if "file" in origin:
-        place += f" of {origin['file']}" + "".join(f", {key} {origin[key]}" for key in ("line", "row") if key in origin)
-    return f"{place}: {', '.join(row['not_finite'])}"
+    return f"{name_row(row['row'], row['origin'])}: {', '.join(row['not_finite'])}"
