@@ -117,7 +117,9 @@ class NanReport:
         gradients = record.gradients.tolist() if record.gradients is not None else []
         kinds = {kind for row in rows for kind in row["not_finite"]}
         kinds |= {kind for found in findings for kind in found["own"]}
-        kinds |= {name for name, bad in (("loss", losses), ("plain_text", texts), ("gradient", any(gradients))) if bad}
+        norm = record.norm is not None and bool(record.norm)
+        places = {"loss": losses, "plain_text": texts, "gradient": any(gradients) or norm}
+        kinds |= {name for name, bad in places.items() if bad}
         return {
             "step": record.step,
             "policy": args.nan_policy,
@@ -129,6 +131,7 @@ class NanReport:
             "rows": rows,
             "plain_text_blocks": texts,
             "rows_of_the_step": [number for batch in record.batches for number in batch["row_numbers"]],
+            "gradient_norm_overflows": norm and not any(gradients),
             "parameters": [name for name, bad in zip(record.names, gradients, strict=True) if bad],
         }
 
@@ -158,6 +161,8 @@ class NanReport:
                 what += f"; {'; '.join(_name(row) for row in content['rows'][:5])}"
             if content["parameters"]:
                 what += f"; gradient of {content['parameters'][0]} and {len(content['parameters']) - 1} more"
+            if content["gradient_norm_overflows"]:
+                what += "; every gradient is finite, their norm overflows"
             what += f"); written to {self._stem(step)}.json and .safetensors"
         if content["weights"]:
             return (

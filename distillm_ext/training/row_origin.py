@@ -43,7 +43,9 @@ def remembers_rows(prepare: Callable[..., Dataset]) -> Callable[..., Dataset]:
     @functools.wraps(prepare)
     def remembering(dataset: Dataset, *args: Any, **options: Any) -> Dataset:
         prepared = prepare(dataset, *args, **options)
-        if prepared is not dataset:
+        if len(prepared) == len(dataset):
+            keep_origin(prepared, dataset)  # of token rows, which may have been prepared before
+        if prepared is not dataset and prepared not in _PREPARED:
             _PREPARED[prepared] = (dataset, lambda rows: prepare(rows, *args, **options))
         return prepared
 
