@@ -53,10 +53,11 @@ class RunState(ResumableTrainer):
                 "nan_policy: 'skip' is not supported with DeepSpeed, whose engine takes the optimizer step inside the "
                 "backward pass; set nan_policy='stop'"
             )
-        if self.args.nan_policy == "skip" and steps_in_backward(self.args.optim, self.optimizer):
+        optim = getattr(self.args.optim, "value", self.args.optim)
+        if self.args.nan_policy == "skip" and steps_in_backward(optim, self.optimizer):
             raise ValueError(
-                f"nan_policy: 'skip' is not supported with optim={getattr(self.args.optim, 'value', self.args.optim)!r}, "
-                "which takes its steps inside the backward pass; set nan_policy='stop', or an optimizer that is not layerwise"
+                f"nan_policy: 'skip' is not supported with optim={optim!r}, or an optimizer handed over, that takes its "
+                "steps inside the backward pass; set nan_policy='stop', or an optimizer that is not layerwise"
             )
         self.nan_report = NanReport(self)
         # Not by `setup.prepare_train`, in which the processes wait for each other: not every process looks for a row.
@@ -168,5 +169,5 @@ def steps_in_backward(name: Any, optimizer: Any) -> bool:
     if optimizer is not None:
         inner = getattr(optimizer, "optimizer", optimizer)
         return any(cls.__name__.lower() in _IN_BACKWARD for cls in type(inner).__mro__)
-    text = str(getattr(name, "value", name)).lower()
+    text = str(name).lower()
     return text.endswith("layerwise") or text in _IN_BACKWARD

@@ -244,8 +244,8 @@ class TokenWeightedEvaluation(Trainer):
         if self.args.policy == "adaptive_off_policy" and not np.isfinite(metrics.get("eval_loss", 0.0)):
             raise FloatingPointError(
                 f"step {self.state.global_step}: {self._nonfinite}. Policy 'adaptive_off_policy' sets φ by the "
-                "validation loss: correct or remove these rows, or, where all rows are at fault, go on from an earlier checkpoint "
-                "with a smaller learning_rate"
+                "validation loss: correct or remove these rows, or, where all rows are at fault, go on from an "
+                "earlier checkpoint with a smaller learning_rate"
             )
         return metrics
 
