@@ -56,8 +56,8 @@ class RunState(ResumableTrainer):
         optim = getattr(self.args.optim, "value", self.args.optim)
         if self.args.nan_policy == "skip" and steps_in_backward(optim, self.optimizer):
             raise ValueError(
-                f"nan_policy: 'skip' is not supported with optim={optim!r}, or an optimizer handed over, that takes its "
-                "steps inside the backward pass; set nan_policy='stop', or an optimizer that is not layerwise"
+                f"nan_policy: 'skip' is not supported with optim={optim!r}, or an optimizer handed over, that takes "
+                "its steps inside the backward pass; set nan_policy='stop', or an optimizer that is not layerwise"
             )
         self.nan_report = NanReport(self)
         # Not by `setup.prepare_train`, in which the processes wait for each other: not every process looks for a row.
