@@ -1,5 +1,6 @@
 """`distillm capture`: what the cache holds, going on after a kill, several processes, the command line."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,10 +16,13 @@ from cli_world import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_ext import compress_logits
-from distillm_ext.teacher import CacheMismatch, TeacherCache
+from distillm_ext.teacher import CacheMismatch, CacheWriter, TeacherCache
 from distillm_ext.teacher.capture import CaptureCount
 from distillm_ext.teacher.keys import draw_positions, sequence_key
+from distillm_ext.teacher.manifest import Manifest
+from distillm_ext.training import capture_job
 from distillm_ext.training.capture_job import Processes, capture, token_rows
+from distillm_ext.training.teacher import ModelTeacher
 
 WORKER = Path(__file__).with_name("capture_world.py")
 
@@ -152,6 +156,51 @@ def test_killed_and_stopped_it_goes_on_and_nothing_is_lost_or_doubled(world, cap
     assert cache.manifest.rows == len(cache) == 40
     first, second = content(captured), content(tmp_path)
     assert first.keys() == second.keys()
+
+
+class NanAtRow(ModelTeacher):
+    """A teacher whose logits are NaN at the last target of the row with these tokens (one row a batch)."""
+
+    tokens: tuple[int, ...] = ()
+
+    def compressed(self, batch, settings, labels, position):
+        found = super().compressed(batch, settings, labels, position)
+        bad = torch.tensor([tuple(row) == self.tokens for row in batch.input_ids.tolist()])
+        rows = batch.positions.cpu() // batch.input_ids.shape[1]
+        last = torch.cat([rows[1:] != rows[:-1], torch.tensor([True])])
+        return dataclasses.replace(found, valid=found.valid & ~(bad[rows] & last))
+
+
+@pytest.mark.parametrize("method", ["topk", "sample"])
+@pytest.mark.parametrize(("row", "place"), [(5, "train.jsonl, line 6"), (32 + 2, "eval.jsonl, line 3")])
+def test_a_teacher_of_nan_ends_the_capture_with_the_row(world, tmp_path, monkeypatch, row, place, method):
+    settings = capture_settings(world, tmp_path, method=method, batch_size=1)
+    rows = token_rows(settings, AutoTokenizer.from_pretrained(world / "teacher"))
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_job, "ModelTeacher", NanAtRow)
+        patch.setattr(NanAtRow, "tokens", tuple(rows[row]["input_ids"]))
+        with pytest.raises(FloatingPointError, match=rf"row \d+ of .*{place}\. Nothing of this batch is stored"):
+            capture(settings, processes=Processes())
+    before = CacheWriter(tmp_path, Manifest.read(next(tmp_path.glob("shard-*.json"))).spec)
+    key = rows[row]["input_ids"], np.array(rows[row]["loss_mask"], dtype=bool)
+    assert len(before) > 0 and not before.has(*key)
+    found = len(before)
+    before.close()
+    count = capture(settings, processes=Processes())  # the teacher was mended: the same call goes on
+    assert (count.rows, count.found) == (40, found)
+    assert len(TeacherCache.open(tmp_path, verify="full")) == 40
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_the_command_says_that_the_teacher_is_broken(world, tmp_path, weight):
+    teacher = AutoModelForCausalLM.from_pretrained(world / "teacher")
+    teacher.model.norm.weight.data[0] = weight
+    teacher.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path / "broken")
+    command = ["capture", "--teacher", tmp_path / "broken", "--dataset", world / "train.jsonl", "--rows", 3]
+    shown = run(*command, "--max-prompt-length", 24, "--max-length", 40, "--out", tmp_path / "c", code=1)
+    assert "error: the teacher's logits are NaN or inf in row" in shown and "train.jsonl, line 1" in shown
+    assert not [*(tmp_path / "c").glob("*.bin")]
 
 
 def test_other_settings_need_another_folder(world, captured, tmp_path):

@@ -16,6 +16,7 @@ from cli_world import ROOT, run, settings_text, write_settings, write_world
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distillm_ext.training import validation
 from distillm_ext.training.settings import load_settings
 
 
@@ -181,6 +182,37 @@ def test_evaluate_without_a_teacher(world, tmp_path):
         "--output", path)  # fmt: skip
     found = json.loads(path.read_text())
     assert found["kl"] is None and found["rouge_l"] is None and found["rows"] == 3
+
+
+@pytest.mark.parametrize(("broken", "lost"), [("model", ["kl", "cross_entropy"]), ("teacher", ["kl"])])
+def test_evaluate_of_a_broken_model_shows_it_and_fails(world, tmp_path, broken, lost):
+    model = AutoModelForCausalLM.from_pretrained(world / "teacher")
+    model.model.norm.weight.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(world / "teacher").save_pretrained(tmp_path / "broken")
+    sides = {"model": world / "teacher", "teacher": world / "teacher", broken: tmp_path / "broken"}
+    output = run(
+        "evaluate", sides["model"], "--teacher", sides["teacher"], "--dataset", world / "eval.jsonl", "--generate", "0",
+        "--rows", "3", "--output", tmp_path / "m.json", code=1,
+    )  # fmt: skip
+    assert output.count("nan") == len(lost) and f"error: {', '.join(lost)}: NaN or inf" in output
+    found = json.loads((tmp_path / "m.json").read_text(), parse_constant=pytest.fail)
+    assert found["not_finite"] == lost and found["kl"] is None
+
+
+def test_a_run_whose_validation_is_nan_ends_with_the_row(world, config, tmp_path, monkeypatch):
+    """The loss of one row, by its number, is NaN in the evaluation alone."""
+    sums = validation.row_sums
+
+    def broken(student, teacher, targets, rows, num_rows, *rest):
+        found = sums(student, teacher, targets, rows, num_rows, *rest)
+        found[0, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(validation, "row_sums", broken)
+    output = run("train", config, code=1)
+    assert "error: step 3: NaN or inf in eval_loss" in output and "eval.jsonl, line 1: loss" in output
+    assert "Traceback" not in output and not (tmp_path / "out" / "final").exists()
 
 
 def test_evaluate_reports_a_missing_model(world):

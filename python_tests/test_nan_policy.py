@@ -20,6 +20,7 @@ from trainer_world import (
     weights,
 )
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from distillm_ext.training import load_rows, row_origin
 from distillm_ext.training.nan_policy import NanGuard, StepRecord
@@ -82,7 +83,11 @@ def same(first, second):
 
 
 def make(tmp_path, *, faults=(5,), states=None, **options):
-    parts = {key: options.pop(key) for key in ("model", "teacher", "lm_dataset", "train_dataset") if key in options}
+    parts = {
+        key: options.pop(key)
+        for key in ("model", "teacher", "lm_dataset", "train_dataset", "optimizers")
+        if key in options
+    }
     parts = dict(teacher=broken_at_rare(tiny_model(2, layers=2)), train_dataset=rows_with_rare(*faults)) | parts
     settings = dict(train_sampling_strategy="sequential", nan_policy="skip", lr_scheduler_type="linear") | options
     return tiny_trainer(tiny_config(tmp_path, **settings), callbacks=[] if states is None else [states], **parts)
@@ -156,6 +161,32 @@ def test_a_gradient_alone_names_its_parameters(tmp_path):
     assert content["rows_of_the_step"] == [8, 9, 10, 11]
     # Its loss was finite, and is no part of the log either.
     assert len(logged(trainer, "loss")) == 3
+
+
+@pytest.mark.parametrize("options", [dict(max_grad_norm=1.0), dict(max_grad_norm=0.0, optim="sgd")])
+def test_a_norm_that_overflows_counts_as_a_fault(tmp_path, options):
+    """Every gradient is finite, but clipping would divide by infinity."""
+    model, states = tiny_model(1), States()
+    model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: torch.full_like(gradient, 3e38))
+    trainer = make(tmp_path, faults=(), states=states, model=model, max_steps=1, **options)
+    trainer.train()
+    assert trainer.nan_guard.skipped == 1 and same(states.before[0], states.after[0])
+    content, _ = evidence(tmp_path, step=1)
+    assert content["not_finite"] == ["gradient"] and content["parameters"] == []
+    assert content["gradient_norm_overflows"]
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "lomo", "adalomo"])
+def test_optimizers_that_step_in_the_backward_pass_cannot_be_skipped(tmp_path, optim):
+    options = dict(optim=optim, optim_target_modules=["mlp"])
+    with pytest.raises(ValueError, match=rf"nan_policy: 'skip' .*{optim}"):
+        make(tmp_path, **options)
+    make(tmp_path, nan_policy="stop", **options)
+
+
+def test_an_optimizer_handed_over_that_steps_in_the_backward_pass_cannot_be_skipped(tmp_path):
+    with pytest.raises(ValueError, match="nan_policy: 'skip'"):
+        make(tmp_path, optimizers=(LayerWiseDummyOptimizer(), None))
 
 
 def test_an_infinite_loss_counts_as_one(tmp_path):
@@ -317,7 +348,7 @@ def test_overflows_of_the_gradient_scaler_are_no_faults(tmp_path, scale, counts)
     parameter = torch.nn.Linear(2, 2)
     parameter.weight.grad = torch.full((2, 2), float("inf"))
     guard.add_micro_batch(torch.tensor(1.0), parameter)
-    assert guard._record.flags(torch.device("cpu")).tolist() == [0.0, float(counts)]
+    assert guard._record.flags(torch.device("cpu")).tolist() == [0.0, float(counts), 0.0]
     guard.optimizer = type("Optimizer", (), {})()
     guard._leave_out()
     assert Accelerator.scaler.updates == [scale] and guard.optimizer._is_overflow

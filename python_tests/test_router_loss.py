@@ -10,7 +10,8 @@ from trainer_world import expected_gradients, first_step, logged, tiny_config, t
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from distillm_ext.containers import LinearHead
-from distillm_ext.training.heads import TokenBatch
+from distillm_ext.training.heads import LogitReader, TokenBatch
+from distillm_ext.training.router_loss import OwnLoss
 from distillm_ext.training.student import StudentForward
 
 SMALL = dict(
@@ -234,3 +235,14 @@ def test_a_term_that_cannot_be_added_is_named_once(tmp_path, caplog, cls, said):
     warnings = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert len(warnings) == 1 and cls.__name__ in warnings[0] and said in warnings[0]
     assert not any("loss_model" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("coefficient", [float("inf"), float("nan")])
+def test_a_term_that_is_not_finite_is_not_left_out_silently(caplog, coefficient):
+    model = of_class(WithLogitPenalty, z_loss_coef=coefficient)
+    own = OwnLoss(LogitReader(model))
+    with caplog.at_level(logging.WARNING, logger="distillm_ext"):
+        own.probe([5, 6, 7], "student")
+    assert not own.active
+    (said,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert f"z_loss_coef={coefficient}" in said

@@ -1,10 +1,17 @@
 """Evaluation is over the whole set, every row once, whatever the options of the loader."""
 
+import json
+import logging
+
 import pytest
 import torch
 from trainer_world import tiny_config, tiny_model, tiny_trainer, token_rows
 
+from distillm_ext.training import load_rows
+from distillm_ext.training.schedule import SCHEDULES
 from distillm_ext.training.validation import RowTotals
+
+RARE = 63
 
 OPTIONS = {
     "drop_last": dict(dataloader_drop_last=True),
@@ -103,3 +110,63 @@ def test_evaluation_leaves_the_weights_to_the_optimizer_that_averages_them(tmp_p
     settings = dict(max_steps=1, eval_strategy="steps", eval_steps=1)
     tiny_trainer(tiny_config(tmp_path, **settings), model=model, optimizers=(optimizer, None)).train()
     assert optimizer.modes == ["train", "eval"]
+
+
+def text_rows(path, *, bad=(), count=8):
+    """Rows on disk with a blank line after the first; those at `bad` hold a token that breaks a model."""
+    rows = [{"prompt": f"w{4 + i} w{RARE if i in bad else 5}", "completion": "w7 w8"} for i in range(count)]
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join([lines[0], "", *lines[1:]]))
+    return load_rows(path)
+
+
+def broken_at_rare(model):
+    def spoil(module, args, output):
+        return output.masked_fill((args[0] == RARE)[..., None], float("nan"))
+
+    model.model.embed_tokens.register_forward_hook(spoil)
+    return model
+
+
+def broken_run(tmp_path, side, **options):
+    settings = dict(max_steps=2, eval_strategy="steps", eval_steps=1, save_steps=1) | options
+    parts = {"model": tiny_model(1), "teacher": tiny_model(2)}
+    broken_at_rare(parts[side])
+    rows = text_rows(tmp_path / "eval.jsonl", bad=(2, 5))
+    return tiny_trainer(
+        tiny_config(tmp_path / "out", **settings), train_dataset=text_rows(tmp_path / "train.jsonl"), eval_dataset=rows,
+        **parts,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("side", "kinds"), [("model", "loss, divergence"), ("teacher", "divergence")])
+@pytest.mark.parametrize("best", [False, True])
+def test_rows_that_make_the_evaluation_nan_are_named(tmp_path, caplog, side, kinds, best):
+    extra = dict(load_best_model_at_end=True, save_strategy="steps") if best else {}
+    trainer = broken_run(tmp_path, side, **extra)
+    with caplog.at_level(logging.WARNING, logger="distillm_ext.training.validation"):
+        trainer.train()
+    said = [record.getMessage() for record in caplog.records if "2 of 8 rows" in record.getMessage()]
+    assert len(said) == 2 and trainer.state.global_step == 2
+    path = tmp_path / "eval.jsonl"
+    for text in said:
+        assert f"row 2 of {path}, line 4: {kinds}" in text and f"row 5 of {path}, line 7: {kinds}" in text
+        assert ("not taken for the best one" in text) is best
+
+
+@pytest.mark.parametrize("options", [{}, dict(warmup_objective="sft", warmup_objective_steps=1)])
+def test_a_policy_that_needs_the_validation_loss_ends_with_the_rows(tmp_path, options):
+    trainer = broken_run(tmp_path, "model", policy="adaptive_off_policy", replay_capacity=8, **options)
+    with pytest.raises(FloatingPointError, match=r"step 1: .*eval_loss.*row 2 of .*line 4: loss.*φ"):
+        trainer.train()
+    assert trainer.evaluate()["eval_tokens"] > 0  # by hand it is a warning
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_schedule_takes_no_loss_that_is_not_finite(name, loss):
+    schedule = SCHEDULES[name]()
+    for take in (schedule.observe, schedule.rebase):
+        with pytest.raises(FloatingPointError, match="validation loss"):
+            take(loss)
+    assert schedule.reference_loss is None

@@ -11,6 +11,7 @@ import typer
 from distillm_ext.cli.options import DATASET_HELP, DTYPE_HELP, expanded
 
 INTERRUPTED = 130
+STOPPED_BY_NAN = 1
 # Seconds between lines where there is no terminal.
 _LINE_EVERY = 10.0
 
@@ -74,7 +75,9 @@ def capture(
 
 
 def run(settings: Any, console: Any) -> int:
-    """Capture; returns the exit code, `INTERRUPTED` after Ctrl-C."""
+    """Capture; the exit code is `INTERRUPTED` after Ctrl-C, `STOPPED_BY_NAN` where the teacher gives NaN or inf."""
+    import sys
+
     from distillm_ext.cli.errors import friendly_errors
     from distillm_ext.teacher import TeacherCache
     from distillm_ext.training.capture_job import Processes, capture
@@ -89,6 +92,9 @@ def run(settings: Any, console: Any) -> int:
     except KeyboardInterrupt:
         console.print("stopped. The same command goes on from here")
         return INTERRUPTED
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return STOPPED_BY_NAN
     finally:
         bar.close()
     if processes.rank == 0:

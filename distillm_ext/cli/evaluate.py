@@ -9,6 +9,8 @@ import typer
 
 from distillm_ext.cli.options import DATASET_HELP, DTYPE_HELP, expanded
 
+NOT_FINITE = 1
+
 
 def evaluate(
     model: Annotated[
@@ -38,7 +40,10 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help=f"Of both models: {DTYPE_HELP}")] = "float32",
     output: Annotated[Path | None, typer.Option(callback=expanded, help="Write the metrics to this JSON file.")] = None,
 ) -> None:
-    """Measure KL to the teacher, cross-entropy, top-1 agreement and ROUGE-L on held-out rows."""
+    """Measure KL to the teacher, cross-entropy, top-1 agreement and ROUGE-L on held-out rows.
+
+    A metric that is NaN or inf ends the command with code 1, after the JSON file is written.
+    """
     import torch
     from rich.console import Console
 
@@ -71,9 +76,21 @@ def evaluate(
                 progress=progress,
             )
         if output is not None:
-            _write(output, {"model": model, "teacher": teacher, "dataset": dataset, "split": split, **result.as_dict()})
+            named = {"model": model, "teacher": teacher, "dataset": dataset, "split": split}
+            _write(output, {**named, **result.as_dict(), "not_finite": result.not_finite})
     print_results(console, {model: result})
     console.print(f"{result.rows} rows, {result.tokens} response tokens", highlight=False, soft_wrap=True)
+    if result.not_finite:
+        typer.echo(f"error: {_broken(result.not_finite, teacher)}", err=True)
+        raise typer.Exit(NOT_FINITE)
+
+
+def _broken(metrics: list[str], teacher: str | None) -> str:
+    models = "the model" if teacher is None or "cross_entropy" in metrics else "the teacher, or the model,"
+    return (
+        f"{', '.join(metrics)}: NaN or inf, null in the JSON file. The logits of {models} are NaN or inf on some rows: "
+        "check its weights, and its dtype if that is float16"
+    )
 
 
 def _load(model: str, teacher: str | None, dtype: str, device: str) -> tuple[Any, Any, Any]:

@@ -52,9 +52,24 @@ class EvaluationResult:
     rows: int
     generated_rows: int
 
+    def measured(self, metric: str) -> bool:
+        """Whether a metric was asked for: one that was, and is NaN or inf, tells of a broken model."""
+        # The agreement is a share of counted tokens, so it is nan without a teacher alone.
+        asked = {"kl": self._compared, "agreement": self._compared, "rouge_l": self.generated_rows > 0}
+        return asked.get(metric, True)
+
+    @property
+    def _compared(self) -> bool:
+        return not math.isnan(self.agreement)
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Metrics that were asked for and are NaN or inf."""
+        return [name for name, value in asdict(self).items() if self.measured(name) and not math.isfinite(value)]
+
     def as_dict(self) -> dict[str, float | int | None]:
-        """JSON-ready: what was not measured (nan) becomes None."""
-        return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(self).items()}
+        """JSON-ready: what was not measured, or is NaN or inf (see `not_finite`), becomes None."""
+        return {key: v if math.isfinite(v) else None for key, v in asdict(self).items()}
 
 
 def evaluate_student(

@@ -43,15 +43,11 @@ class Report:
 
 def table_rows(results: Mapping[str, EvaluationResult]) -> list[list[str]]:
     """Cells of the table, heading first; a metric that was not measured is a dash."""
-    shown = [
-        column
-        for column in COLUMNS
-        if any(getattr(result, column[0]) == getattr(result, column[0]) for result in results.values())
-    ]
+    shown = [column for column in COLUMNS if any(result.measured(column[0]) for result in results.values())]
     rows = [["model", *(heading for _, heading, _ in shown)]]
     for name, result in results.items():
-        values = [(getattr(result, key), form) for key, _, form in shown]
-        rows.append([name, *(form.format(value) if value == value else "–" for value, form in values)])
+        cells = (form.format(getattr(result, key)) if result.measured(key) else "–" for key, _, form in shown)
+        rows.append([name, *cells])
     return rows
 
 

@@ -60,7 +60,8 @@ def capture_rows(
     Args:
         rows: mappings with `input_ids` and `loss_mask` (1 at targets).
         writer: of this process. A killed capture that starts again with the same settings goes on where it stopped.
-        compress: a batch of rows → packed records [targets of all, record_bytes], end to end.
+        compress: a batch of rows, each with its number under `row` → packed records [targets of all, record_bytes],
+            end to end.
         batch_size: rows a batch.
         rank, world_size: of this process; it takes every world_size-th row.
         flush_seconds: the longest time whose work a kill can lose.
@@ -68,11 +69,18 @@ def capture_rows(
 
     Returns:
         What was done.
+
+    Raises:
+        FloatingPointError: `compress` raised it, of a batch that has no records. What was captured before is kept.
     """
     count, started = CaptureCount(), time.monotonic()
     flushed = started
     for batch in _batches(rows, range(rank, len(rows), world_size), writer, batch_size, count):
-        records = compress(batch)
+        try:
+            records = compress(batch)
+        except FloatingPointError:
+            writer.flush()
+            raise
         sizes = [_targets(row).sum() for row in batch]
         for row, part in zip(batch, np.split(records, np.cumsum(sizes)[:-1]), strict=True):
             writer.add(row["input_ids"], _targets(row), part)
@@ -105,7 +113,7 @@ def _batches(
         if key in window or writer.has(row["input_ids"], _targets(row)):
             count.rows, count.found = count.rows + 1, count.found + 1
             continue
-        window[key] = row
+        window[key] = {**row, "row": number}
         if len(window) >= _WINDOW * batch_size:
             yield from sorted_batches()
     yield from sorted_batches()

@@ -35,10 +35,11 @@ from distillm_ext.training.collators import DistillationCollator, move_batch
 from distillm_ext.training.data import prepare_dataset
 from distillm_ext.training.reuse_checks import MAX_K
 from distillm_ext.training.row_checks import checked_template_kwargs
+from distillm_ext.training.row_origin import keep_origin, name_row, origin_of
 from distillm_ext.training.rows import load_rows
 from distillm_ext.training.settings import DatasetSettings
 from distillm_ext.training.teacher import TEACHER_DTYPES, ModelTeacher
-from distillm_ext.training.teaching import compute_records
+from distillm_ext.training.teaching import compute_compressed
 
 # A process that is done waits for the others, however long they take.
 _PATIENCE = datetime.timedelta(days=30)
@@ -143,18 +144,23 @@ def capture(
 
     Raises:
         CacheMismatch: the folder holds a cache that was made otherwise.
+        FloatingPointError: the teacher's logits at a target are NaN or +inf, or −inf throughout. Nothing of that row is
+            stored; what was captured before stays, and the same call goes on from there.
         FileNotFoundError, ValueError: settings, rows or models that cannot be used.
     """
     processes.start()
     tokenizer = load_tokenizer(settings.teacher)
-    rows = token_rows(settings, tokenizer)
+    splits = prepared_splits(settings, tokenizer)
+    rows = concatenate_datasets(splits)
     teacher = ModelTeacher(load_teacher(settings.teacher, settings.dtype), device=processes.device)
     check_dataset_ids(rows, "dataset", tokenizer, models={"teacher": teacher.model})
     check_positions({"teacher": teacher.model}, settings.max_length, rows={"dataset": rows})
     teacher.verify(rows[0]["input_ids"][:16])
     spec = cache_spec(settings, teacher.model, tokenizer, rows)
     check_seed(settings)
-    compress = TeacherRecords(teacher, CompressionSettings.of_cache(spec), tokenizer)
+    compress = TeacherRecords(
+        teacher, CompressionSettings.of_cache(spec), tokenizer, name=lambda row: row_name(splits, row)
+    )
     share = len(range(processes.rank, len(rows), processes.world_size))
     with CacheWriter(settings.out, spec, rank=processes.rank, shard_bytes=settings.shard_mib << 20) as writer:
         processes.wait()  # all have seen what was there before anyone adds to it
@@ -172,6 +178,11 @@ def capture(
 
 def token_rows(settings: CaptureSettings, tokenizer: Any) -> Dataset:
     """Training rows and, where they are named, validation rows, tokenised as the trainer does."""
+    return concatenate_datasets(prepared_splits(settings, tokenizer))
+
+
+def prepared_splits(settings: CaptureSettings, tokenizer: Any) -> list[Dataset]:
+    """The parts of `token_rows`."""
     source = settings.dataset
     splits = [(source.train, source.train_split)]
     if source.eval is not None or source.eval_split is not None:
@@ -180,7 +191,7 @@ def token_rows(settings: CaptureSettings, tokenizer: Any) -> Dataset:
     for name, split in splits:
         rows = load_rows(name, split=split, subset=source.subset, columns=source.columns, need_responses=True)
         if settings.rows and not prepared:
-            rows = rows.select(range(min(settings.rows, len(rows))))
+            rows = keep_origin(rows.select(range(min(settings.rows, len(rows)))), rows)
         prepared.append(
             prepare_dataset(
                 rows,
@@ -191,10 +202,18 @@ def token_rows(settings: CaptureSettings, tokenizer: Any) -> Dataset:
                 chat_template_kwargs=checked_template_kwargs(settings.chat_template_kwargs),
             )  # fmt: skip
         )
-    rows = concatenate_datasets(prepared)
-    if len(rows) == 0:
+    if sum(map(len, prepared)) == 0:
         raise ValueError(f"dataset: {source.train} has no row with a response; there is nothing to capture")
-    return rows
+    return prepared
+
+
+def row_name(splits: Sequence[Dataset], row: int) -> str:
+    """A row of the splits put together, by its number (0-based) in its split, and its file and line where known."""
+    for split in splits:
+        if row < len(split):
+            return name_row(row, origin_of(split)(row))
+        row -= len(split)
+    raise IndexError(f"row: {row} rows past the last split")
 
 
 def cache_spec(settings: CaptureSettings, teacher: Any, tokenizer: Any, rows: Dataset) -> CacheSpec:
@@ -239,12 +258,32 @@ def check_seed(settings: CaptureSettings) -> None:
 class TeacherRecords:
     """Rows of tokens → packed records of their targets, on the host."""
 
-    def __init__(self, teacher: ModelTeacher, settings: CompressionSettings, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        teacher: ModelTeacher,
+        settings: CompressionSettings,
+        tokenizer: Any,
+        name: Callable[[int], str] = "row {}".format,
+    ) -> None:
         self.teacher = teacher
         self.settings = settings
+        self.name = name
         self.collator = DistillationCollator(padding_id(tokenizer, teacher.model))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
         features = [{**row, "row": number} for number, row in enumerate(rows)]
         inputs = move_batch(self.collator(features), self.teacher.device)
-        return compute_records(self.teacher, self.settings, inputs, range(len(rows))).cpu().numpy()
+        compressed = compute_compressed(self.teacher, self.settings, inputs, range(len(rows)))
+        self._check(rows, inputs["row_targets"], compressed.valid.cpu())
+        return self.settings.pack(compressed).cpu().numpy()
+
+    def _check(self, rows: Sequence[Mapping[str, Any]], counts: Sequence[int], valid: torch.Tensor) -> None:
+        parts = zip(rows, valid.split(list(counts)), strict=True)
+        bad = [self.name(row["row"]) for row, part in parts if not bool(part.all())]
+        if bad:
+            more = f" and {len(bad) - 5} more rows of the same batch" if len(bad) > 5 else ""
+            raise FloatingPointError(
+                f"the teacher's logits are NaN or inf in {'; '.join(bad[:5])}{more}. Nothing of this batch is stored; "
+                "what was captured before stays, and the same command goes on from there. Check the teacher's weights; "
+                "if its dtype is float16, whose range is small, take float32 or bfloat16; else leave these rows out"
+            )

@@ -19,6 +19,7 @@ from datasets import Dataset
 from distillm_ext.training.arrow_values import table_rows
 from distillm_ext.training.row_checks import TOKEN_COLUMNS, RowError
 from distillm_ext.training.row_files import warn_unused
+from distillm_ext.training.row_origin import remembers_rows
 from distillm_ext.training.row_tokens import LEFT_OUT, RowTokenizer, TokenRow
 from distillm_ext.training.rows import load_rows
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 _BATCH = 1000
 
 
+@remembers_rows
 def prepare_dataset(
     dataset: Dataset,
     tokenizer: Any,

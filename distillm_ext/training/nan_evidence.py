@@ -28,6 +28,7 @@ from distillm_ext.training.nan_policy import Fault, nonfinite
 from distillm_ext.training.objectives import cross_entropy
 from distillm_ext.training.rollouts import preserved_rng
 from distillm_ext.training.router_loss import ModelLoss
+from distillm_ext.training.row_origin import name_row
 
 logger = logging.getLogger(__name__)
 _POSITIONS = 256  # whose logits are formed at once
@@ -116,7 +117,9 @@ class NanReport:
         gradients = record.gradients.tolist() if record.gradients is not None else []
         kinds = {kind for row in rows for kind in row["not_finite"]}
         kinds |= {kind for found in findings for kind in found["own"]}
-        kinds |= {name for name, bad in (("loss", losses), ("plain_text", texts), ("gradient", any(gradients))) if bad}
+        norm = record.norm is not None and bool(record.norm)
+        places = {"loss": losses, "plain_text": texts, "gradient": any(gradients) or norm}
+        kinds |= {name for name, bad in places.items() if bad}
         return {
             "step": record.step,
             "policy": args.nan_policy,
@@ -128,6 +131,7 @@ class NanReport:
             "rows": rows,
             "plain_text_blocks": texts,
             "rows_of_the_step": [number for batch in record.batches for number in batch["row_numbers"]],
+            "gradient_norm_overflows": norm and not any(gradients),
             "parameters": [name for name, bad in zip(record.names, gradients, strict=True) if bad],
         }
 
@@ -157,6 +161,8 @@ class NanReport:
                 what += f"; {'; '.join(_name(row) for row in content['rows'][:5])}"
             if content["parameters"]:
                 what += f"; gradient of {content['parameters'][0]} and {len(content['parameters']) - 1} more"
+            if content["gradient_norm_overflows"]:
+                what += "; every gradient is finite, their norm overflows"
             what += f"); written to {self._stem(step)}.json and .safetensors"
         if content["weights"]:
             return (
@@ -277,8 +283,4 @@ def _finite(value: float) -> bool:
 
 def _name(row: Mapping[str, Any]) -> str:
     """One bad row in a few words."""
-    origin = row["origin"]
-    place = f"row {row['row']}"
-    if "file" in origin:
-        place += f" of {origin['file']}" + "".join(f", {key} {origin[key]}" for key in ("line", "row") if key in origin)
-    return f"{place}: {', '.join(row['not_finite'])}"
+    return f"{name_row(row['row'], row['origin'])}: {', '.join(row['not_finite'])}"

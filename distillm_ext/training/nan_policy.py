@@ -43,6 +43,8 @@ class StepRecord:
         batches: its micro-batches.
         losses: [] bool per micro-batch, on the device: whether its loss is NaN or inf.
         names, gradients: parameters with a gradient, and [names] bool: whether it holds NaN or inf.
+        norm: [] bool: whether the norm of all gradients is NaN or inf. Where each of them is finite it has overflown,
+            and clipping has divided by it: every gradient is 0.
     """
 
     step: int
@@ -51,14 +53,17 @@ class StepRecord:
     losses: list[Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     gradients: Tensor | None = None
+    norm: Tensor | None = None
 
     def flags(self, device: torch.device) -> Tensor:
-        """[2] float32: 1 where a loss, where a gradient of this process is not finite."""
-        flags = torch.zeros(2, dtype=torch.float32, device=device)
+        """[3] float32: 1 where a loss, a gradient of this process, the norm of all gradients is not finite."""
+        flags = torch.zeros(3, dtype=torch.float32, device=device)
         if self.losses:
             flags[0] = torch.stack(self.losses).any()
         if self.gradients is not None:
             flags[1] = self.gradients.any()
+        if self.norm is not None:
+            flags[2] = self.norm
         return flags
 
 
@@ -68,7 +73,8 @@ class Fault:
 
     Attributes:
         record: the step.
-        affected: whether this process has the loss or, where every loss is finite, the gradient that is not.
+        affected: whether this process has the loss or, where every loss is finite, the gradient that is not. Where all
+            are finite and only the norm of all gradients is not, every process has it.
     """
 
     record: StepRecord
@@ -121,6 +127,12 @@ class NanGuard(TrainerCallback):
             if self.accelerator.sync_gradients and self._gradients_count():
                 self._record.names, self._record.gradients = nonfinite_gradients(model, loss.device)
         return torch.where(finite, loss, torch.zeros_like(loss))
+
+    def add_grad_norm(self, norm: Any) -> None:
+        """Notes the norm of all gradients that clipping has found, a tensor or a number. The host does not wait."""
+        if self._record is not None and norm is not None and self._gradients_count():
+            local = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            self._record.norm = ~torch.isfinite(torch.as_tensor(local, device=self.accelerator.device))
 
     def _gradients_count(self) -> bool:
         scaler = self.accelerator.scaler
@@ -229,12 +241,12 @@ class NanGuard(TrainerCallback):
 
     @staticmethod
     def _is_fault(values: LateValues) -> bool:
-        return sum(values.read()[2:]) > 0
+        return sum(values.read()[3:]) > 0
 
     def _fault(self, record: StepRecord, values: LateValues) -> None:
-        loss, gradient, losses, _ = values.read()
+        loss, gradient, norm, losses, gradients, _ = values.read()
         self.skipped += 1
-        self.report(Fault(record, affected=bool(loss if losses else gradient)))
+        self.report(Fault(record, affected=bool(loss if losses else gradient if gradients else norm)))
 
 
 class LateValues:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ class OwnLoss:
         try:
             with preserved_rng(device):
                 added, scale = self._added(batch)
-                if abs(added) <= 1e-6 * scale:
+                if math.isfinite(added) and abs(added) <= 1e-6 * scale:
                     return
                 found = self._reproduced(batch)
         except Exception as error:  # whatever its authors' code raises: a distillation loss can do without it
@@ -130,7 +131,10 @@ class OwnLoss:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        self.active = found is not None and abs(found - added) <= 1e-3 * abs(added) + 1e-6 * scale
+        # A term of NaN or inf cannot be compared with anything.
+        self.active = (
+            math.isfinite(added) and found is not None and abs(found - added) <= 1e-3 * abs(added) + 1e-6 * scale
+        )
         if not self.active:
             _warn(name, causal, added)
 

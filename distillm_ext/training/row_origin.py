@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from distillm_ext.paths import expand_path
 
 # Data sets that were read from one file, as (file, split).
 _SOURCES: weakref.WeakKeyDictionary[Dataset, tuple[Path, str]] = weakref.WeakKeyDictionary()
+# Prepared data sets, as (the data set that was handed over, what prepares another one in the same way).
+_PREPARED: weakref.WeakKeyDictionary[Dataset, tuple[Dataset, Callable[[Dataset], Dataset]]] = (
+    weakref.WeakKeyDictionary()
+)
 # Dropped rows shift the numbers of those after them. No more candidates than this are tokenised to find a row again.
 _MOST_CANDIDATES = 200
 
@@ -31,6 +35,44 @@ def remembers_source(load: Callable[..., Dataset]) -> Callable[..., Dataset]:
         return dataset
 
     return remembering
+
+
+def remembers_rows(prepare: Callable[..., Dataset]) -> Callable[..., Dataset]:
+    """Decorates a function `prepare(dataset, …)`: remembers what a prepared data set was made of."""
+
+    @functools.wraps(prepare)
+    def remembering(dataset: Dataset, *args: Any, **options: Any) -> Dataset:
+        prepared = prepare(dataset, *args, **options)
+        if len(prepared) == len(dataset):
+            keep_origin(prepared, dataset)  # of token rows, which may have been prepared before
+        if prepared is not dataset and prepared not in _PREPARED:
+            _PREPARED[prepared] = (dataset, lambda rows: prepare(rows, *args, **options))
+        return prepared
+
+    return remembering
+
+
+def keep_origin(derived: Dataset, dataset: Dataset) -> Dataset:
+    """→ `derived`, whose rows are the first ones of `dataset`, in its order: what is known of those holds for them."""
+    if dataset in _SOURCES:
+        _SOURCES[derived] = _SOURCES[dataset]
+    if dataset in _PREPARED:
+        _PREPARED[derived] = _PREPARED[dataset]
+    return derived
+
+
+def origin_of(prepared: Any) -> RowOrigin:
+    """The origin of the rows of a data set that `remembers_rows` has seen; of any other nothing is known."""
+    known = _PREPARED.get(prepared) if isinstance(prepared, Dataset) else None
+    return RowOrigin(None, prepared, lambda rows: rows) if known is None else RowOrigin(known[0], prepared, known[1])
+
+
+def name_row(row: int, origin: Mapping[str, Any]) -> str:
+    """A row in a few words: "row 3 of rows.jsonl, line 4"."""
+    if "file" not in origin:
+        return f"row {row}"
+    place = "".join(f", {key} {origin[key]}" for key in ("line", "row") if key in origin)
+    return f"row {row} of {origin['file']}{place}"
 
 
 class RowOrigin:

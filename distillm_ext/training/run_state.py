@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset
 from torch import Tensor
 
 from distillm_ext.generation import Engine
@@ -22,12 +21,14 @@ from distillm_ext.training.nan_evidence import NanReport
 from distillm_ext.training.nan_policy import NanGuard
 from distillm_ext.training.policies import make_policy
 from distillm_ext.training.resumable import ResumableTrainer
-from distillm_ext.training.row_origin import RowOrigin
+from distillm_ext.training.row_origin import RowOrigin, origin_of
 from distillm_ext.training.schedule import SCHEDULES
 from distillm_ext.training.student import StudentForward
 from distillm_ext.training.teacher import ModelTeacher
 
 logger = logging.getLogger(__name__)
+
+_IN_BACKWARD = ("lomo", "adalomo", "layerwisedummyoptimizer")
 
 
 class RunState(ResumableTrainer):
@@ -45,23 +46,26 @@ class RunState(ResumableTrainer):
     nan_guard: NanGuard
     row_origin: RowOrigin
 
-    def watch_for_nan(self, train_dataset: Any) -> None:
-        """Sets up what happens to optimizer steps of NaN or inf; `train_dataset` is the one handed over.
+    def watch_for_nan(self) -> None:
+        """Sets up what happens to optimizer steps of NaN or inf.
 
         Raises:
-            ValueError: the policy cannot be kept with DeepSpeed.
+            ValueError: the policy cannot be kept with DeepSpeed, or with an optimizer that steps in the backward pass.
         """
         if self.args.nan_policy == "skip" and self.is_deepspeed_enabled:
             raise ValueError(
                 "nan_policy: 'skip' is not supported with DeepSpeed, whose engine takes the optimizer step inside the "
                 "backward pass; set nan_policy='stop'"
             )
+        optim = getattr(self.args.optim, "value", self.args.optim)
+        if self.args.nan_policy == "skip" and steps_in_backward(optim, self.optimizer):
+            raise ValueError(
+                f"nan_policy: 'skip' is not supported with optim={optim!r}, or an optimizer handed over, that takes "
+                "its steps inside the backward pass; set nan_policy='stop', or an optimizer that is not layerwise"
+            )
         self.nan_report = NanReport(self)
-        self.row_origin = RowOrigin(
-            train_dataset if isinstance(train_dataset, Dataset) else None,
-            self.train_dataset,
-            lambda rows: setup.prepare_train(rows, self.processing_class, self.args),
-        )
+        # Not by `setup.prepare_train`, in which the processes wait for each other: not every process looks for a row.
+        self.row_origin = origin_of(self.train_dataset)
         self.nan_guard = NanGuard(
             self.accelerator, report=self.nan_report, drop_losses=lambda flag: self._meters.end_step(flag)
         )
@@ -72,6 +76,13 @@ class RunState(ResumableTrainer):
         result = super().train(*args, **kwargs)
         self.check_weights()
         return result
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As in the parent, which calls it after clipping and before the optimizer step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.is_deepspeed_enabled:  # there the step has been taken
+            self.nan_guard.add_grad_norm(norm)
+        return norm
 
     def check_weights(self) -> None:
         """Every process; before anything is saved.
@@ -164,3 +175,13 @@ class RunState(ResumableTrainer):
         self.rollouts.unpack(
             tensors, store_epoch=state["store_epoch"], rank=self.args.process_index, world=self.args.world_size
         )
+
+
+def steps_in_backward(name: Any, optimizer: Any) -> bool:
+    """Whether an optimizer, by its name in transformers' `optim` or as it is, takes its steps inside the backward pass:
+    LOMO and the layerwise ones."""
+    if optimizer is not None:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        return any(cls.__name__.lower() in _IN_BACKWARD for cls in type(inner).__mro__)
+    text = str(name).lower()
+    return text.endswith("layerwise") or text in _IN_BACKWARD

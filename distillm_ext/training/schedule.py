@@ -56,9 +56,12 @@ class AdaptiveSchedule(ABC):
         """Whether the buffer is still too small to replay from (all sizes in sequences of this process)."""
 
     def observe(self, loss: float) -> bool:
-        """Takes a validation loss; returns whether φ rose. The first one only becomes the reference."""
-        if math.isnan(loss):
-            raise ValueError("validation loss is NaN: the student diverged; lower the learning rate, or check the data")
+        """Takes a validation loss; returns whether φ rose. The first one only becomes the reference.
+
+        Raises:
+            FloatingPointError: the loss is NaN or inf, with which nothing can be compared.
+        """
+        _check_finite(loss)
         if self.reference_loss is None:
             self.reference_loss = loss
             return False
@@ -69,7 +72,12 @@ class AdaptiveSchedule(ABC):
         return rose
 
     def rebase(self, loss: float) -> None:
-        """Makes `loss` the reference without raising φ: for validations before the method itself has begun."""
+        """Makes `loss` the reference without raising φ: for validations before the method itself has begun.
+
+        Raises:
+            FloatingPointError: as for `observe`.
+        """
+        _check_finite(loss)
         self.reference_loss = loss
 
     def generation_probability(self, step: int, total_steps: int) -> float:
@@ -77,6 +85,14 @@ class AdaptiveSchedule(ABC):
         progress = step / max(total_steps, 1)
         share = {"decreasing": 1.0 - progress, "constant": 0.5, "increasing": progress}[self.replay_ratio]
         return self.phi * share
+
+
+def _check_finite(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the validation loss is {loss}: the student diverged, or rows of the evaluation set are at fault; lower "
+            "the learning rate, or check the data"
+        )
 
 
 @dataclass

@@ -28,6 +28,7 @@ from distillm_ext.training.policies import reads_responses
 from distillm_ext.training.replay import ReplayBuffer
 from distillm_ext.training.responses import EngineResponses
 from distillm_ext.training.rollouts import Rollouts
+from distillm_ext.training.row_origin import keep_origin
 from distillm_ext.training.rows import TOKEN_COLUMNS, load_rows
 from distillm_ext.training.student import StudentForward
 from distillm_ext.training.teacher import ModelTeacher
@@ -81,7 +82,7 @@ def prepare_split(
         )  # fmt: skip
     if len(rows) == 0:
         raise ValueError(f"{source}: expected at least one row, got none")
-    return rows.add_column("row", np.arange(len(rows), dtype=np.int64))
+    return keep_origin(rows.add_column("row", np.arange(len(rows), dtype=np.int64)), rows)
 
 
 def prepare_eval(

@@ -215,6 +215,13 @@ def compute_records(
     teacher: ModelTeacher, settings: CompressionSettings, inputs: Mapping[str, Any], rows: Sequence[int]
 ) -> Tensor:
     """[targets of these rows of a collated batch, record_bytes] uint8 on the device, from a teacher forward."""
+    return settings.pack(compute_compressed(teacher, settings, inputs, rows))
+
+
+def compute_compressed(
+    teacher: ModelTeacher, settings: CompressionSettings, inputs: Mapping[str, Any], rows: Sequence[int]
+) -> CompressedLogits:
+    """[targets of these rows of a collated batch] compressed logits on the device, from a teacher forward."""
     batch, targets = TokenBatch.from_inputs(dict(inputs)), inputs["targets"]
     keys, counts = inputs["keys"], inputs["row_targets"]
     device = targets.device
@@ -224,7 +231,7 @@ def compute_records(
     if settings.method == "sample":
         position = upload(draw_positions([keys[row] for row in rows], [counts[row] for row in rows]), device)
     labels = targets if settings.labels else None
-    return settings.pack(teacher.compressed(batch, settings, labels, position))
+    return teacher.compressed(batch, settings, labels, position)
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:

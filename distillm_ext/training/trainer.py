@@ -147,7 +147,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         self.generation_engine = generation_engine
         self.plain_text = setup.make_plain_text(args, blocks, self.data_collator)
         self.add_callback(KeepPadding(model))
-        self.watch_for_nan(train_dataset)
+        self.watch_for_nan()
         self.reset_extra_state()
 
     def _set_signature_columns_if_needed(self) -> None:

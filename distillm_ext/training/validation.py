@@ -8,6 +8,7 @@ counts once, and a set of which rows are missing is an error.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,9 +25,12 @@ from distillm_ext.functional import distillation_loss
 from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.heads import Rows, Targets, TokenBatch, head_logits
+from distillm_ext.training.row_origin import keep_origin, name_row, origin_of
 from distillm_ext.training.setup import prepare_split
 from distillm_ext.training.student import StudentForward
 from distillm_ext.training.teaching import DenseTeaching
+
+logger = logging.getLogger(__name__)
 
 
 def token_losses(
@@ -119,6 +123,28 @@ def token_means(sums: np.ndarray, prefix: str) -> dict[str, float]:
     return {f"{prefix}_loss": ce / count, f"{prefix}_divergence": divergence / count, f"{prefix}_tokens": count}
 
 
+def nonfinite_rows(rows: np.ndarray, sums: np.ndarray, dataset: Any, prefix: str) -> str | None:
+    """The rows of an evaluation whose sums are NaN or inf, in a sentence; None where all are finite.
+
+    Args:
+        rows: [n] numbers of the rows.
+        sums: [n, 3] of `RowTotals.collect`.
+        dataset: the prepared rows, whose file and lines are named where they are known.
+        prefix: of the metrics.
+    """
+    bad = ~np.isfinite(sums[:, :2])
+    if not bad.any():
+        return None
+    found, origin = np.flatnonzero(bad.any(axis=1)), origin_of(dataset)
+    named = []
+    for place in found[:5]:
+        kinds = [kind for kind, flag in zip(("loss", "divergence"), bad[place], strict=True) if flag]
+        number = int(rows[place])
+        named.append(f"{name_row(number, origin(number))}: {', '.join(kinds)}")
+    metrics = [f"{prefix}_{kind}" for kind, flag in zip(("loss", "divergence"), bad.any(axis=0), strict=True) if flag]
+    return f"NaN or inf in {' and '.join(metrics)}: {len(found)} of {len(rows)} rows ({'; '.join(named)})"
+
+
 class TokenWeightedEvaluation(Trainer):
     """A trainer whose evaluation reports cross-entropy and divergence by token; no predictions are kept.
 
@@ -130,6 +156,7 @@ class TokenWeightedEvaluation(Trainer):
     teaching: DenseTeaching
     vocab_size: int
     tail: str
+    _nonfinite: str | None = None
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As in the parent, over the whole set: `dataloader_drop_last` and `even_batches` concern training.
@@ -138,7 +165,8 @@ class TokenWeightedEvaluation(Trainer):
             eval_dataset: None or a name is the trainer's own set. Another one may hold rows as `eval_dataset` of the
                 trainer does: they are tokenised and numbered here.
         """
-        own = eval_dataset is None or isinstance(eval_dataset, str)
+        # The parent hands over the trainer's own set, which has been prepared.
+        own = eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset
         with self._whole_set(keep_workers=own):
             return super().get_eval_dataloader(eval_dataset if own else self._numbered(eval_dataset, "eval_dataset"))
 
@@ -152,6 +180,9 @@ class TokenWeightedEvaluation(Trainer):
         run: Any = self
         run.check_rows({name: rows})
         return rows
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        return keep_origin(super()._remove_unused_columns(dataset, description), dataset)
 
     @contextlib.contextmanager
     def _whole_set(self, *, keep_workers: bool) -> Iterator[None]:
@@ -178,7 +209,8 @@ class TokenWeightedEvaluation(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Cross-entropy and divergence over the whole set; no predictions are kept.
+        """Cross-entropy and divergence over the whole set; no predictions are kept. A warning names the rows of which
+        they are NaN or inf.
 
         Raises:
             RuntimeError: the loader left rows out.
@@ -201,8 +233,31 @@ class TokenWeightedEvaluation(Trainer):
         if len(rows) != expected:
             raise RuntimeError(f"{description}: {len(rows)} of {expected} rows were seen; the loader leaves rows out")
         metrics = token_means(sums, metric_key_prefix)
+        self._warn_of(nonfinite_rows(rows, sums, dataloader.dataset, metric_key_prefix))
         nothing: Any = None
         return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """The validation of a run. Every process has the same sums, so all of them raise or none does.
+
+        Raises:
+            FloatingPointError: the loss that φ of the policy "adaptive_off_policy" depends on is NaN or inf.
+        """
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        if self.args.policy == "adaptive_off_policy" and not np.isfinite(metrics.get("eval_loss", 0.0)):
+            raise FloatingPointError(
+                f"step {self.state.global_step}: {self._nonfinite}. Policy 'adaptive_off_policy' sets φ by the "
+                "validation loss: correct or remove these rows, or, where all rows are at fault, go on from an "
+                "earlier checkpoint with a smaller learning_rate"
+            )
+        return metrics
+
+    def _warn_of(self, found: str | None) -> None:
+        self._nonfinite = found
+        if found is None or not self.is_world_process_zero():
+            return
+        best = "; a checkpoint with such a metric is not taken for the best one"
+        logger.warning("step %d: %s%s", self.state.global_step, found, best if self.args.load_best_model_at_end else "")
 
     def _validate(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         batch = TokenBatch.from_inputs(inputs)
