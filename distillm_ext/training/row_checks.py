@@ -287,6 +287,12 @@ def _check_tokens(row: Mapping[str, Any]) -> None:
     ids, mask, prompt_length = (row[name] for name in TOKEN_COLUMNS)
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
         raise RowError("input_ids and loss_mask must be lists of one length")
+    if not set(map(type, ids)) <= {int}:
+        wrong = next(value for value in ids if type(value) is not int)
+        raise RowError(f"input_ids must hold integers, got {wrong!r}")
+    if not (set(map(type, mask)) <= {int, bool} and set(mask) <= {0, 1}):
+        wrong = next(value for value in mask if type(value) not in (int, bool) or value not in (0, 1))
+        raise RowError(f"loss_mask must hold 0 and 1, got {wrong!r}")
     if isinstance(prompt_length, bool) or not isinstance(prompt_length, int):
         raise RowError(f"prompt_length must be an integer, got {type_name(prompt_length)}")
     if not 1 <= prompt_length <= len(ids):
