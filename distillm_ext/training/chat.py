@@ -21,7 +21,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from distillm_ext.training.generation_marks import MARK, marked_spans, with_marks
-from distillm_ext.training.row_checks import TOOL_ROLES, RowError, template_advice, turn_flag
+from distillm_ext.training.row_checks import TOOL_ROLES, RowError, turn_flag
 from distillm_ext.training.turn_ranges import Messages, Span, check_shown, split_response, turn_range
 
 __all__ = ["Conversations", "Exchange", "Messages", "Span", "split_response"]
@@ -156,10 +156,23 @@ class _Renderer:
                 add_generation_prompt=add_generation_prompt, **self.options,
             )  # fmt: skip
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise RowError(f"the chat template rejects the conversation: {error}{template_advice(messages)}") from error
+            raise RowError(f"the chat template rejects the conversation: {error}{_advice(messages)}") from error
         if any(_prints_parts(message, text) for message in messages):
             raise RowError("the chat template prints lists of parts as they stand in Python; give content as text")
         return text
+
+
+def _advice(messages: Messages) -> str:
+    """What may help where a chat template refuses messages, as the end of a sentence."""
+    if any(isinstance(message.get("content"), list) for message in messages):
+        return ". Contents that are lists of parts need a template that reads parts; else give them as text"
+    calls = [call for message in messages for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
+    functions = [call.get("function", call) for call in calls]
+    if any(isinstance(f, Mapping) and isinstance(f.get("arguments"), str) for f in functions):
+        return ". The tool-call arguments are JSON text; many templates want the mapping itself"
+    if any(message.get("content") is None for message in messages):
+        return '. Some templates want content to be "" and not null'
+    return ""
 
 
 def _prints_parts(message: Mapping[str, Any], text: str) -> bool:

@@ -19,7 +19,7 @@ whether an assistant turn is a target: `train` (true or false) and `weight` (0 o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 TOKEN_COLUMNS = ("input_ids", "loss_mask", "prompt_length")
@@ -214,19 +214,6 @@ def called_names(message: Mapping[str, Any]) -> list[str]:
     calls = [call for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
     functions = [call.get("function", call) for call in calls]
     return [f["name"] for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)]
-
-
-def template_advice(messages: Sequence[Mapping[str, Any]]) -> str:
-    """What may help where a chat template refuses messages, as the end of a sentence."""
-    if any(isinstance(message.get("content"), list) for message in messages):
-        return ". Contents that are lists of parts need a template that reads parts; else give them as text"
-    calls = [call for message in messages for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
-    functions = [call.get("function", call) for call in calls]
-    if any(isinstance(f, Mapping) and isinstance(f.get("arguments"), str) for f in functions):
-        return ". The tool-call arguments are JSON text; many templates want the mapping itself"
-    if any(message.get("content") is None for message in messages):
-        return '. Some templates want content to be "" and not null'
-    return ""
 
 
 def check_template_kwargs(value: Any, name: str) -> None:

@@ -93,7 +93,7 @@ def check_shown(render: Render, turns: Messages, whole: str, response: str, ends
     calls = {key: last[key] for key in ("tool_calls", "function_call") if last.get(key)}
     silent = {key: value for key, value in last.items() if key not in (*calls, *THOUGHT_KEYS)} | {"content": ""}
     changed = [("text", {**last, "content": other}) for other in _other_contents(last.get("content"), response)]
-    if not calls or not all(name in response for name in called_names(last)) or "function_call" in calls:
+    if "function_call" in calls or not all(name in response for name in called_names(last)):
         changed += [("tool calls", {k: v for k, v in last.items() if k != key}) for key in calls]
     said = part_texts(last.get("content"))
     holds = calls or any(last.get(key) for key in THOUGHT_KEYS) or any(text.strip() for text in said)
