@@ -7,6 +7,7 @@ import logging
 import pytest
 from data_world import CHATML, MARKED, TALK, make_bpe, prepare, targets
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from distillm_ext.training.data import prepare_dataset
 
@@ -49,8 +50,6 @@ def test_empty_completion_trains_the_immediate_eos(bpe):
 
 def test_bos_stands_once_before_the_prompt():
     tokenizer = make_bpe(bos_token="<bos>")
-    from tokenizers.processors import TemplateProcessing
-
     bos = tokenizer.convert_tokens_to_ids("<bos>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
     row = prepare([{"prompt": "hello", "completion": "world"}], tokenizer)[0]
@@ -177,3 +176,67 @@ def test_token_rows_pass_through(bpe):
 def test_other_containers_are_refused(bpe):
     with pytest.raises(TypeError, match="load_rows"):
         prepare_dataset([{"prompt": "a", "completion": "b"}], bpe, max_prompt_length=4, max_length=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_mask": [0, -100, 1]}, "row 2: loss_mask must hold 0 and 1, got -100"),
+        ({"loss_mask": [0.0, 0.5, 1.0]}, "loss_mask must hold 0 and 1, got 0.0"),
+        ({"loss_mask": [0, 2, 1]}, "row 2: loss_mask must hold 0 and 1, got 2"),
+        ({"loss_mask": [0, None, 1]}, "row 2: loss_mask must hold 0 and 1, got None"),
+        ({"loss_mask": [0, 1]}, "row 2: input_ids and loss_mask must be lists of one length"),
+        ({"input_ids": [5, None, 7]}, "row 2: input_ids must hold integers, got None"),
+        ({"input_ids": None}, "row 2: "),
+        ({"prompt_length": 3}, "row 2: prompt_length leaves no token"),
+        ({"prompt_length": 0}, r"row 2: prompt_length must be in 1\.\.3"),
+    ],
+)
+def test_bad_token_rows_are_named(bpe, change, message):
+    good = {"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1], "prompt_length": 1}
+    first = {**good, "loss_mask": [float(i) for i in good["loss_mask"]]} if "0.5" in str(change) else good
+    with pytest.raises(ValueError, match=message):
+        prepare(Dataset.from_list([first, {**good, **change}]), bpe)
+
+
+def test_token_rows_without_a_target_are_counted_and_refused_where_there_is_no_other(bpe, caplog):
+    good = {"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1], "prompt_length": 1}
+    # The first token has nothing before it, so a target there is none.
+    none = {**good, "loss_mask": [1, 0, 0]}
+    with caplog.at_level(logging.WARNING):
+        assert len(prepare([good, none], bpe, source="mine")) == 2
+    assert "mine: loss_mask has no target in 1 of 2 rows" in caplog.text
+    with pytest.raises(ValueError, match="mine: loss_mask has no target in 2 of 2 rows, so there is nothing to learn"):
+        prepare([none, none], bpe, source="mine")
+    alone = {"input_ids": [5, 6], "loss_mask": [0, 0], "prompt_length": 2}
+    assert len(prepare([alone], bpe, prompts_only=True)) == 1
+
+
+def test_a_row_cut_before_its_first_target_is_dropped():
+    """The marks leave out the first words of the answer, and the limit the rest."""
+    marks = "{% generation %}of it{% endgeneration %}<|im_end|>"
+    template = "{% for m in messages %}{% if m.role == 'user' %}hello {% else %}{{ m.content }} "
+    tokenizer = make_bpe(template + marks + "{% endif %}{% endfor %}", eos_token="<|im_end|>")
+    rows = [{"messages": [TALK[0], {"role": "assistant", "content": "the end"}]}]
+    whole = prepare(rows, tokenizer)[0]
+    first = whole["loss_mask"].index(1)
+    assert first > whole["prompt_length"]
+    with pytest.raises(ValueError, match="none of the 1 rows keeps"):
+        prepare(rows, tokenizer, max_length=first)
+
+
+@pytest.mark.parametrize("behind", ["", "\n", " \n\n"])
+def test_a_completion_with_its_own_end_and_white_space_gets_no_second_end(bpe, behind):
+    row = prepare([{"prompt": "hello", "completion": f"world<eos>{behind}"}], bpe)[0]
+    assert bpe.decode(targets(row)) == "world<eos>"
+    # An end inside the text is none.
+    row = prepare([{"prompt": "hello", "completion": f"world<eos>{behind}x"}], bpe)[0]
+    assert bpe.decode(targets(row)) == f"world<eos>{behind}x<eos>"
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second_one():
+    tokenizer = make_bpe(bos_token="<bos>")
+    bos = tokenizer.convert_tokens_to_ids("<bos>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    for row in ({"prompt": "<bos>hello", "completion": "world"}, {"prompt": "<bos>hello"}):
+        assert prepare([row], tokenizer, prompts_only=True)[0]["input_ids"].count(bos) == 1

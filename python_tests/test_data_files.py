@@ -8,6 +8,7 @@ import pytest
 from data_world import CHATML, TALK, make_bpe, prepare, targets
 from datasets import Dataset, DatasetDict
 
+from distillm_ext.training.plain_text import pack_text
 from distillm_ext.training.rows import load_rows
 
 
@@ -46,11 +47,16 @@ BAD = [
     ({"messages": TALK, "documents": [3]}, r"documents\[0\] must be a mapping, got int"),
     ({"messages": TALK, "chat_template_kwargs": [1]}, "chat_template_kwargs must be a mapping"),
     ({"messages": TALK, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: 'tokenize' is no argument"),
+    ({"messages": [TALK[0], {"role": "assistant", "content": None, "refusal": "no"}]}, "must be a string, got null"),
+    ({"messages": [TALK[0], {**TALK[1], "tool_calls": "[]"}]}, r"\['tool_calls'\] must be a list of mappings, got str"),
+    ({"messages": [TALK[0], {**TALK[1], "tool_calls": ["f"]}]}, r"\['tool_calls'\]\[0\] must be a mapping, got str"),
+    ({"messages": [TALK[0], {**TALK[1], "tool_calls": [{"function": {"arguments": {}}}]}]}, r"\[0\] names no tool"),
     ({"messages": ["hello"]}, r"messages\[0\] must be a mapping"),
     ({"messages": [{"role": "user"}]}, r"messages\[0\]\['content'\] must be a string, got null"),
     ({"messages": [{"role": 1, "content": "x"}]}, r"messages\[0\]\['role'\] must be a string"),
     ({"question": "a", "answer": "b"}, "found: 'question', 'answer'"),
     ({"input_ids": [1, 2], "loss_mask": [1], "prompt_length": 1}, "lists of one length"),
+    ({"input_ids": [1, 2], "loss_mask": [0, 2], "prompt_length": 1}, "loss_mask must hold 0 and 1, got 2"),
     ({"input_ids": [1, 2], "loss_mask": [0, 1], "prompt_length": 3}, r"prompt_length must be in 1\.\.2"),
 ]
 
@@ -168,3 +174,82 @@ def test_bad_sources(tmp_path):
         load_rows(tmp_path / "a.jsonl", split="test")
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl: no such file"):
         load_rows(tmp_path / "missing.jsonl")
+
+
+def write(folder, **files):
+    for name, prompt in files.items():
+        path = folder / name.replace("_", ".")
+        rows = [{"prompt": prompt, "completion": "x"}]
+        if path.suffix == ".parquet":
+            Dataset.from_list(rows).to_parquet(path)
+        elif path.suffix == ".csv":
+            path.write_text(f"prompt,completion\n{prompt},x\n")
+        else:
+            path.write_text(json.dumps(rows[0]))
+
+
+@pytest.mark.parametrize("other", ["b_parquet", "b_csv"])
+def test_a_folder_of_several_kinds_is_refused(tmp_path, other):
+    write(tmp_path, a_jsonl="a", **{other: "b"})
+    with pytest.raises(ValueError, match=r"several kinds: .*a\.jsonl.*keep files of one kind"):
+        load_rows(tmp_path)
+
+
+def test_files_of_a_folder_that_are_in_no_split_are_named(tmp_path, caplog):
+    write(tmp_path, train_jsonl="a", more_jsonl="b", test_jsonl="c")
+    (tmp_path / "config.json").write_text("{}")
+    assert load_rows(tmp_path)["prompt"][:] == ["a"]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and "not read" in lines[0] and ": more.jsonl;" in lines[0]
+    caplog.clear()
+    (tmp_path / "all").mkdir()
+    write(tmp_path / "all", a_jsonl="a", b_jsonl="b")
+    assert sorted(load_rows(tmp_path / "all")["prompt"]) == ["a", "b"] and not caplog.records
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "saved"])
+def test_columns_that_change_places(tmp_path, name):
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b"}])
+    rows.to_json(tmp_path / "a.jsonl")
+    rows.to_parquet(tmp_path / "a.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    found = load_rows(tmp_path / name, columns={"prompt": "completion", "completion": "prompt"})
+    assert found[0] == {"prompt": "b", "completion": "a"}
+
+
+def test_a_name_that_means_nothing_here_is_refused_with_the_nearest(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TALK}))
+    with pytest.raises(ValueError, match="columns: 'mesages' is no column.*did you mean 'messages'"):
+        load_rows(tmp_path / "a.jsonl", columns={"mesages": "messages"})
+
+
+@pytest.mark.parametrize("split", ["train[5:]", "train[3:]", "train[5:9]"])
+def test_a_split_without_rows_is_refused_with_the_count(tmp_path, split):
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(GOOD)] * 3))
+    with pytest.raises(ValueError, match=r"a\.jsonl: split .*takes no row: 'train' has 3 rows"):
+        load_rows(tmp_path / "a.jsonl", split=split)
+    assert len(load_rows(tmp_path / "a.jsonl", split="train[2:9]")) == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_the_file_s_own_column_in_whose_place_another_stands_is_named(tmp_path, name, caplog):
+    rows = Dataset.from_list([{"prompt": "a", "input": "i", "completion": "b"}])
+    rows.to_json(tmp_path / "a.jsonl")
+    rows.to_parquet(tmp_path / "a.parquet")
+    assert load_rows(tmp_path / name, columns={"prompt": "input"})["prompt"][:] == ["i"]
+    assert "not used: the columns 'prompt'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"text": ["a", None]}, "lm, row 2: text must be a string, got null"),
+        ({"text": [1, 2]}, "lm, row 1: text must be a string, got int"),
+        ({"input_ids": [[1, 2], None]}, "lm, row 2: input_ids must be a list of integers"),
+        ({"input_ids": [[1, 2], [3, None]]}, "lm, row 2: input_ids must be a list of integers"),
+        ({"input_ids": [[1.5, 2.0]]}, "lm, row 1: input_ids must be a list of integers"),
+    ],
+)
+def test_bad_rows_of_plain_text_are_named(bpe, rows, message):
+    with pytest.raises(ValueError, match=message):
+        pack_text(Dataset.from_dict(rows), bpe, max_length=8, source="lm")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import logging
 
@@ -149,3 +151,49 @@ def test_columns_that_nothing_is_made_of_are_named_once(caplog):
     with caplog.at_level(logging.WARNING):
         prepare(rows, make_bpe(), source="mine")
     assert [r.getMessage() for r in caplog.records] == ["mine: not used: the columns 'score', 'tools'"]
+
+
+def leaf(value):
+    return talk(call("f", {"at": value}))
+
+
+@pytest.mark.parametrize("value", [datetime.datetime(2024, 1, 2), decimal.Decimal("1.5"), b"raw"])
+def test_values_that_json_lacks_are_refused_by_row_and_column(show, value):
+    place = r"messages\[1\]\['tool_calls'\]\[0\]\['function'\]\['arguments'\]\['at'\] is " + type(value).__name__
+    with pytest.raises(ValueError, match=rf"mine, row 2: {place}, which JSON has no form for"):
+        prepare(Dataset.from_list([{"messages": leaf(None)}, {"messages": leaf(value)}]), show, source="mine")
+    # Columns that are not for the template may hold what they like.
+    rows = Dataset.from_list([{"messages": leaf("x"), "meta": [{"at": value}]}])
+    assert len(prepare(rows, show, max_prompt_length=500, max_length=1000)) == 1
+
+
+@pytest.mark.parametrize("result", [[], [1, 2], ["a"], [{"a": 1}]])
+def test_a_tool_s_result_may_be_any_list(show, result):
+    turns = [*talk(call("f", {})), {"role": "tool", "content": result}, {"role": "assistant", "content": "ok"}]
+    dumped = [{"messages": json.dumps(turns)}]
+    assert seen(dumped, show)[0][2]["content"] == result
+
+
+TEXTS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}" \
+    "{% for p in m.content or [] %}{{ p.text if p.type == 'text' }}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}" \
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"content": None, **{"tool_calls": [call("f", {})]}},
+        {"content": None, "reasoning_content": "hm"},
+        {"content": "", "reasoning_content": "hm"},
+        {"content": "", "tool_calls": [call("f", {})]},
+        {"content": [{"type": "refusal", "refusal": "no"}]},
+        {"content": [{"type": "output_text", "text": "Paris"}]},
+        {"content": ["Paris"]},
+        {"content": [{"type": "text", "text": "So"}, {"type": "output_text", "text": "Paris"}]},
+    ],
+)
+def test_a_last_turn_that_the_template_leaves_out_is_refused(turn):
+    rows = [{"messages": json.dumps([{"role": "user", "content": "hi"}, {"role": "assistant", **turn}])}]
+    with pytest.raises(ValueError, match="row 1: the chat template leaves out the .* of the last assistant turn"):
+        prepare(rows, make_bpe(TEXTS, eos_token="<|im_end|>"))

@@ -102,6 +102,28 @@ def test_weight_and_train_say_which_turns_are_targets(first, last, plain, marked
         )
 
 
+@pytest.mark.parametrize("flagged", [(0,), (1,), (0, 1), ()])
+def test_a_flag_puts_a_turn_in_that_the_marks_pass_over(flagged):
+    """The marks of this template are only around the word "end"."""
+    text = "{{ m['content'] }}<|im_end|>"
+    marks = "{% if 'end' in m['content'] %}the {% generation %}end{% endgeneration %}<|im_end|>{% else %}" + text
+    tokenizer = make_bpe(CHATML.replace(text, marks + "{% endif %}"), eos_token="<|im_end|>")
+    turns = [{**LONG[i], "train": True} if i in {2 * f + 1 for f in flagged} else LONG[i] for i in range(4)]
+    wanted = ("world<|im_end|>" if 0 in flagged else "") + ("the end<|im_end|>" if 1 in flagged else "end")
+    learnt = tokenizer.decode(targets(prepare([{"messages": turns}], tokenizer)[0]))
+    assert learnt.replace(" end", "end") == wanted.replace(" end", "end")
+
+
+def test_the_end_of_a_turn_is_looked_up_for_the_options_of_the_row():
+    """One template with two ends: what an end is follows the row's own option."""
+    template = CHATML.replace("<|im_end|>", "{{ stop }}").replace("<|im_start|>", "#")
+    tokenizer = make_bpe(template)
+    tokenizer.add_tokens(["<s1>", "<s2>"])
+    rows = [{"messages": TALK[:2], "chat_template_kwargs": json.dumps({"stop": s})} for s in ("<s1>", "", "<s2>")]
+    found = [tokenizer.decode(targets(row)) for row in prepare(rows, tokenizer)]
+    assert found == ["world<s1>", "world\n<eos>", "world<s2>"]
+
+
 def test_a_target_that_the_template_shows_otherwise_once_turns_follow():
     """The last turn gets a thought that earlier ones lose: the earlier one is found all the same."""
     thought = CHATML.replace(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from distillm_ext.training.row_checks import MESSAGE_COLUMNS
+from distillm_ext.training.row_checks import MESSAGE_COLUMNS, TEMPLATE_COLUMNS, RowError
 
 # Rows per piece: an Arrow array of strings ends at 2 GiB.
 _PIECE = 1 << 13
@@ -64,6 +64,27 @@ def table_rows(table: pa.Table) -> list[dict[str, Any]]:
     """The rows of a table, by `column_values`."""
     columns = {name: column_values(table.column(name), name) for name in table.column_names}
     return [{name: values[index] for name, values in columns.items()} for index in range(table.num_rows)]
+
+
+def check_leaves(row: Mapping[str, Any]) -> None:
+    """Raise `RowError` where a column for the chat template holds what JSON has no form for, such as a date.
+
+    A template would print it as Python does.
+    """
+    for name in (*MESSAGE_COLUMNS, *TEMPLATE_COLUMNS):
+        if isinstance(row.get(name), (list, dict)):
+            _check_leaves(row[name], name)
+
+
+def _check_leaves(value: Any, place: str) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_leaves(item, f"{place}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_leaves(item, f"{place}[{index}]")
+    elif value is not None and not isinstance(value, (str, bool, int, float)):
+        raise RowError(f"{place} is {type(value).__name__}, which JSON has no form for; store it as text or a number")
 
 
 def _plain(value: Any, kind: pa.DataType, keep: Sequence[str]) -> Any:

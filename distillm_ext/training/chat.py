@@ -13,25 +13,19 @@ the generation prompt opens a thought that W shows differently,
 
 from __future__ import annotations
 
-import os
-import re
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
-from distillm_ext.training.generation_marks import BEGIN, END, MARK, marked_spans, with_marks
-from distillm_ext.training.row_checks import RowError, called_names, message_texts, template_advice, turn_flag
+from distillm_ext.training.generation_marks import MARK, marked_spans, with_marks
+from distillm_ext.training.row_checks import TOOL_ROLES, RowError, turn_flag
+from distillm_ext.training.turn_ranges import Messages, Span, check_shown, split_response, turn_range
 
-Messages = Sequence[Mapping[str, Any]]
-Span = tuple[int, int]
+__all__ = ["Conversations", "Exchange", "Messages", "Span", "split_response"]
 
-# The start of a tag or special token, cut off.
-_PARTIAL_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
-# Nothing but white space and tags: all that a generation prompt may have beyond the rendered conversation.
-_TAGS_ONLY = re.compile(r"(?:\s|</?[\w-]+>|\[/?[A-Z_]+\])*\Z")
-_OPENING = re.compile(r"\s*(<|\[)([\w-]+)(>|\])\s*\Z")
 _PROBE = "a3f0c1d"
 
 
@@ -67,7 +61,7 @@ class Conversations:
     def __init__(self, tokenizer: Any, settings: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
         self.settings = dict(settings)
-        self._ends: dict[str, str | None] = {}
+        self._ends: dict[tuple[str, int], str | None] = {}
 
     def prompt(self, messages: Messages, row: Mapping[str, Any]) -> str:
         """The text that a response to `messages` is generated from."""
@@ -97,16 +91,18 @@ class Conversations:
         turns = messages[: last + 1]
         before, whole = render(messages[:last], add_generation_prompt=True), render(turns)
         bridge, response = split_response(before, whole)
-        _check_shown(render, turns, whole, response)
         begin, ends = len(whole) - len(response), self._end_of_turn(render)
+        check_shown(render, turns, whole, response, ends)
 
         def ranges(flag: bool) -> list[Span]:
             places = [i for i in range(last) if messages[i]["role"] == "assistant" and flags[i] is flag]
-            return [_turn_range(render, turns, place, whole, ends) for place in places]
+            return [turn_range(render, turns, place, whole, ends, shown=flag) for place in places]
 
         # Marks become a mask through character offsets, which only tokenizers of the `tokenizers` library have.
         if render.has_marks and self.tokenizer.is_fast:
-            spans: list[Span] | None = _marked(render, turns, ranges(False), whole)
+            spans: list[Span] | None = [*_marked(render, turns, ranges(False), whole), *ranges(True)]
+            if flags[last]:
+                spans = [*(spans or []), (begin, len(whole))]
         elif any(flags[:last]):
             if not self.tokenizer.is_fast:
                 raise RowError(
@@ -121,14 +117,15 @@ class Conversations:
 
     def _end_of_turn(self, render: _Renderer) -> str | None:
         """What the template writes behind the text of a last assistant turn, by trying it."""
-        if render.template not in self._ends:
+        known = render.template, hash(json.dumps(render.options, default=repr, sort_keys=True))
+        if known not in self._ends:
             probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
             try:
                 text, found, end = render(probe).rpartition(_PROBE)
             except RowError:
                 found = ""
-            self._ends[render.template] = end.strip() if found else None
-        return self._ends[render.template]
+            self._ends[known] = end.strip() if found else None
+        return self._ends[known]
 
 
 class _Renderer:
@@ -159,63 +156,31 @@ class _Renderer:
                 add_generation_prompt=add_generation_prompt, **self.options,
             )  # fmt: skip
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise RowError(f"the chat template rejects the conversation: {error}{template_advice(messages)}") from error
-        if any(isinstance(message.get("content"), list) and str(message["content"]) in text for message in messages):
+            raise RowError(f"the chat template rejects the conversation: {error}{_advice(messages)}") from error
+        if any(_prints_parts(message, text) for message in messages):
             raise RowError("the chat template prints lists of parts as they stand in Python; give content as text")
         return text
 
 
-def split_response(before: str, whole: str) -> tuple[str, str]:
-    """(text between, response) for a generation prompt and a rendered conversation; see the module's docstring.
-
-    Raises:
-        RowError: they differ in more than a thought.
-
-    Example:
-        >>> split_response("ask: <think>\\n", "ask: <think></think>yes")
-        ('', '</think>yes')
-    """
-    if whole.startswith(before):
-        return "", whole[len(before) :]
-    common = len(_PARTIAL_TAG.sub("", os.path.commonprefix([before, whole])))
-    rest, response = before[common:], whole[common:]
-    if not _TAGS_ONLY.match(rest):
-        raise RowError(
-            "the chat template does not begin the conversation with the text it gives as generation prompt; use a "
-            "template that does, or give prompt and completion as strings"
-        )
-    tags = rest.strip()
-    if tags and tags in response:
-        behind = response[response.index(tags) + len(tags) :]
-        return "", behind.removeprefix(rest[len(rest.rstrip()) :])
-    opening = _OPENING.match(rest)
-    if opening is None:
-        return "", response
-    left, name, right = opening.groups()
-    return f"\n{left}/{name}{right}\n\n", response.lstrip("\n")
+def _advice(messages: Messages) -> str:
+    """What may help where a chat template refuses messages, as the end of a sentence."""
+    if any(isinstance(message.get("content"), list) for message in messages):
+        return ". Contents that are lists of parts need a template that reads parts; else give them as text"
+    calls = [call for message in messages for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
+    functions = [call.get("function", call) for call in calls]
+    if any(isinstance(f, Mapping) and isinstance(f.get("arguments"), str) for f in functions):
+        return ". The tool-call arguments are JSON text; many templates want the mapping itself"
+    if any(message.get("content") is None for message in messages):
+        return '. Some templates want content to be "" and not null'
+    return ""
 
 
-def _check_shown(render: _Renderer, turns: Messages, whole: str, response: str) -> None:
-    """Refuses a template that shows the response alike whatever its text, or its tool calls, are."""
-    last = dict(turns[-1])
-    texts = [text.strip() for text in message_texts(last) if text.strip()]
-    changed = {}
-    if texts and not any(text in response for text in texts):
-        as_parts = isinstance(last["content"], list)
-        changed["text"] = {**last, "content": [{"type": "text", "text": BEGIN}] if as_parts else BEGIN}
-    if not all(name in response for name in called_names(last)):
-        changed["tool calls"] = {key: value for key, value in last.items() if key != "tool_calls"}
-    for what, other in changed.items():
-        try:
-            same = render([*turns[:-1], other]) == whole
-        except RowError:
-            continue
-        if same:
-            form = " (it may want content as a list of parts, or as text)" if what == "text" else ""
-            raise RowError(
-                f"the chat template leaves out the {what} of the last assistant turn{form}; use a template that has "
-                "them, or remove the row"
-            )
+def _prints_parts(message: Mapping[str, Any], text: str) -> bool:
+    """Whether a list of parts stands in the text as Python prints it. A tool's result may be any list."""
+    content = message.get("content")
+    if not content or not isinstance(content, list) or message["role"] in TOOL_ROLES:
+        return False
+    return str(content) in text
 
 
 def _flag(message: Mapping[str, Any], index: int, first_target: int) -> bool | None:
@@ -228,44 +193,6 @@ def _marked(render: _Renderer, turns: Messages, unwanted: Sequence[Span], whole:
     """Character ranges of `whole` inside generation marks, without those of turns that are no targets."""
     spans = marked_spans(render(turns, marked=True), whole)
     return [span for span in spans if not any(span[0] < right and left < span[1] for left, right in unwanted)]
-
-
-def _turn_range(render: _Renderer, turns: Messages, index: int, whole: str, ends: str | None) -> Span:
-    """Where `whole` shows text and calls of the assistant turn `index`, and what ends it: what changes with them. Where
-    a result needs its call, the call changes its name."""
-    turn = {**turns[index], "content": BEGIN + END}
-    silent = {key: value for key, value in turn.items() if key != "tool_calls"}
-    renamed = {**turns[index], "tool_calls": [_renamed(call) for call in turn.get("tool_calls") or []]}
-    for other in (silent, renamed):
-        try:
-            shown = render([*turns[:index], other, *turns[index + 1 :]])
-        except RowError:
-            continue
-        begin = len(os.path.commonprefix([whole, shown]))
-        end = max(begin, len(whole) - len(os.path.commonprefix([whole[::-1], shown[::-1]])))
-        end += _common(whole[end:], ends or "")
-        if renamed["tool_calls"]:
-            # A template may show a result otherwise where its call is another: take the turn as it is when last.
-            alone = render(turns[: index + 1])
-            border = len(os.path.commonprefix([alone, render([*turns[:index], other])]))
-            end = begin + _common(whole[begin:], alone[border:])
-        if end > begin:
-            return begin, end
-    raise RowError(
-        f"messages[{index}]: its part of the chat template's text cannot be told; leave out train and weight"
-    )
-
-
-def _renamed(call: Any) -> dict[str, Any]:
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": {**call["function"], "name": BEGIN + END}}
-    return {**call, "name": BEGIN + END}
-
-
-def _common(text: str, expected: str) -> int:
-    """Length of what `text` begins with of `expected`, without a token that is cut off and white space at the end."""
-    common = os.path.commonprefix([text, expected])
-    return len((common if common == expected else _PARTIAL_TAG.sub("", common)).rstrip())
 
 
 def _moved(spans: Sequence[Span], begin: int, shift: int) -> list[Span]:

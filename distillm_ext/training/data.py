@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.compute
 from datasets import Dataset
 
-from distillm_ext.training.arrow_values import table_rows
-from distillm_ext.training.row_checks import TOKEN_COLUMNS, RowError
+from distillm_ext.training.arrow_values import check_leaves, table_rows
+from distillm_ext.training.row_checks import TOKEN_COLUMNS, RowError, check_row
 from distillm_ext.training.row_files import warn_unused
 from distillm_ext.training.row_origin import remembers_rows
 from distillm_ext.training.row_tokens import LEFT_OUT, RowTokenizer, TokenRow
@@ -55,11 +55,11 @@ def prepare_dataset(
     null are left out, since Arrow gives every row the keys of all; a message keeps a null `content`.
 
     A prompt longer than `max_prompt_length` loses tokens on the left; then the row is cut on the right to
-    `max_length`. A row that has no response token left is dropped. The log counts cut and dropped rows, and names
-    columns that are not used.
+    `max_length`. A row that has no response token, or no target, left is dropped. The log counts cut and dropped rows,
+    and names columns that are not used.
 
     Args:
-        dataset: rows; token rows (all of `input_ids`, `loss_mask`, `prompt_length`) pass through unchanged.
+        dataset: rows; token rows (all of `input_ids`, `loss_mask` of 0 and 1, `prompt_length`) pass through unchanged.
         tokenizer: a Hugging Face tokenizer; it needs a chat template only for conversations.
         max_prompt_length: most tokens of the prompt.
         max_length: most tokens of prompt and response together.
@@ -134,6 +134,7 @@ class _Tokenise:
 
     def _row(self, row: Mapping[str, Any], number: int) -> TokenRow:
         try:
+            check_leaves(row)
             return self.convert(row)
         except RowError as error:
             raise ValueError(f"{self.source}, row {number}: {error}") from error
@@ -150,7 +151,6 @@ def _columns(rows: Sequence[TokenRow]) -> dict[str, list[Any]]:
 
 def _log_counts(tokens: Dataset, kept: Dataset, source: str, max_prompt_length: int, max_length: int) -> None:
     """One line each for what length limits and chat template took from the rows."""
-
     counted = ["cut_prompt", "cut_response", *(f"left_out_{place}" for place in range(len(LEFT_OUT)))]
     table = kept.select_columns(counted).with_format("arrow")[:]
     counts = {name: int(pyarrow.compute.sum(table[name]).as_py() or 0) for name in counted}
@@ -164,8 +164,8 @@ def _log_counts(tokens: Dataset, kept: Dataset, source: str, max_prompt_length: 
         logger.warning(cut, source, "length", max_length, what, responses, len(tokens))
     if len(kept) < len(tokens):
         logger.warning(
-            "%s: dropped %d of %d rows, whose response does not begin within max_length=%d tokens; raise it to keep "
-            "them", source, len(tokens) - len(kept), len(tokens), max_length,
+            "%s: dropped %d of %d rows, which have no response with a target within max_length=%d tokens; raise it to "
+            "keep them", source, len(tokens) - len(kept), len(tokens), max_length,
         )  # fmt: skip
     for place, what in enumerate(LEFT_OUT):
         missing = counts[f"left_out_{place}"]
@@ -174,18 +174,35 @@ def _log_counts(tokens: Dataset, kept: Dataset, source: str, max_prompt_length: 
 
 
 def _token_rows(dataset: Dataset, source: str, prompts_only: bool) -> Dataset:
+    """The token columns, each row checked; rows without a target are counted, and refused where there are no others."""
     warn_unused([name for name in dataset.column_names if name not in TOKEN_COLUMNS], source)
     rows = dataset.select_columns(list(TOKEN_COLUMNS))
-    start = 0
+    start = empty = alone = 0
     for batch in rows.with_format("arrow").iter(_BATCH):
-        lengths = pyarrow.compute.list_value_length(batch["input_ids"])
-        enough = pyarrow.compute.greater_equal if prompts_only else pyarrow.compute.greater
-        legal = enough(lengths, batch["prompt_length"])
-        wrong = pyarrow.compute.index(pyarrow.compute.fill_null(legal, False), False).as_py()
-        if wrong >= 0:
-            raise ValueError(
-                f"{source}, row {start + wrong + 1}: prompt_length leaves no token of input_ids for a response; a "
-                "prompt alone is enough only for policies that write the responses"
-            )
+        columns = [batch[name].to_pylist() for name in TOKEN_COLUMNS]
+        for number, values in enumerate(zip(*columns, strict=True), start=start + 1):
+            try:
+                check_row(dict(zip(TOKEN_COLUMNS, values, strict=True)))
+                _check_token_response(values, prompts_only)
+            except RowError as error:
+                raise ValueError(f"{source}, row {number}: {error}") from error
+            ids, mask, prompt_length = values
+            alone += prompt_length == len(ids)
+            # Nothing precedes the first token, so it cannot be a target.
+            empty += prompt_length < len(ids) and 1 not in mask[1:]
         start += len(batch)
+    if empty:
+        text = f"{source}: loss_mask has no target in {empty} of {start} rows"
+        if empty == start - alone and not alone:
+            raise ValueError(f"{text}, so there is nothing to learn; set it to 1 at the tokens of the responses")
+        logger.warning("%s; they are not learnt from", text)
     return rows
+
+
+def _check_token_response(values: Sequence[Any], prompts_only: bool) -> None:
+    ids, _, prompt_length = values
+    if prompt_length == len(ids) and not prompts_only:
+        raise RowError(
+            "prompt_length leaves no token of input_ids for a response; a prompt alone is enough only for policies "
+            "that write the responses"
+        )

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from distillm_ext.training.collators import DistillationCollator, move_batch
 from distillm_ext.training.philox import Stream, generator
+from distillm_ext.training.row_checks import type_name
 from distillm_ext.training.row_files import warn_unused
 
 
@@ -27,14 +28,19 @@ def pack_text(dataset: Dataset, tokenizer: Any, *, max_length: int, source: str 
         source: what to call the data set in messages.
 
     Raises:
-        ValueError: neither column is there, or there is not enough text for one block of two tokens.
+        ValueError: neither column is there, or there is not enough text for one block of two tokens,
+            or a row is null or of another type (message: the row).
     """
     columns = dataset.column_names
     if "input_ids" in columns:
-        pieces = [np.asarray(ids, dtype=np.int64) for ids in dataset["input_ids"]]
+        pieces = [_ids(ids, source, number) for number, ids in enumerate(dataset["input_ids"], start=1)]
     elif "text" in columns:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        rows = tokenizer(list(dataset["text"]), add_special_tokens=False)["input_ids"]
+        texts = list(dataset["text"])
+        for number, text in enumerate(texts, start=1):
+            if not isinstance(text, str):
+                raise ValueError(f"{source}, row {number}: text must be a string, got {type_name(text)}")
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         pieces = [np.asarray([*ids, *end], dtype=np.int64) for ids in rows]
     else:
         raise ValueError(f"{source}: expected a column 'text' (or 'input_ids'), got {', '.join(columns) or 'none'}")
@@ -45,6 +51,12 @@ def pack_text(dataset: Dataset, tokenizer: Any, *, max_length: int, source: str 
     if not blocks:
         raise ValueError(f"{source}: holds {len(stream)} tokens, too few for one block; give it more text")
     return blocks
+
+
+def _ids(ids: Any, source: str, number: int) -> np.ndarray:
+    if not isinstance(ids, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise ValueError(f"{source}, row {number}: input_ids must be a list of integers; correct or remove the row")
+    return np.asarray(ids, dtype=np.int64)
 
 
 class PlainTextBatches:

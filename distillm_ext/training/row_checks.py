@@ -19,7 +19,7 @@ whether an assistant turn is a target: `train` (true or false) and `weight` (0 o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 TOKEN_COLUMNS = ("input_ids", "loss_mask", "prompt_length")
@@ -36,9 +36,11 @@ _RESERVED_KWARGS = (
     "tokenizer_kwargs", "sanitize_control_tokens",
 )  # fmt: skip
 _MEDIA = ("image", "image_url", "audio", "input_audio", "video", "video_url", "file")
-_TOOL_ROLES = ("tool", "function", "ipython")
-# Keys of a message that are no content.
-_LABELS = ("role", "content", "name", "id", "tool_call_id", "weight", "train")
+TOOL_ROLES = ("tool", "function", "ipython")
+# What transformers and templates call the thought of a turn.
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+# What an assistant turn may hold in place of content.
+_INSTEAD = ("tool_calls", "function_call", *THOUGHT_KEYS)
 
 
 class RowError(ValueError):
@@ -137,27 +139,41 @@ def check_messages(messages: Any, column: str) -> None:
         if not isinstance(message.get("role"), str):
             raise RowError(f"{place}['role'] must be a string, got {type_name(message.get('role'))}")
         _check_content(message, f"{place}['content']")
+        _check_calls(message.get("tool_calls"), f"{place}['tool_calls']")
         turn_flag(message, place)
 
 
 def _check_content(message: Mapping[str, Any], place: str) -> None:
     content, role = message.get("content"), message["role"]
-    if isinstance(content, str) or (role in _TOOL_ROLES and content is not None and not isinstance(content, list)):
+    if isinstance(content, str) or (role in TOOL_ROLES and content is not None and not isinstance(content, list)):
         return  # a tool's result may be any value; the template writes it out
     if isinstance(content, list):
         for index, part in enumerate(content):
             kind = part.get("type") if isinstance(part, Mapping) else None
             if kind in _MEDIA:
                 raise RowError(f"{place}[{index}] is a part of type {kind!r}; only text can be trained on")
-            if role not in _TOOL_ROLES and not isinstance(part, (Mapping, str)):
+            if role not in TOOL_ROLES and not isinstance(part, (Mapping, str)):
                 raise RowError(f"{place}[{index}] must be a mapping such as a text part, got {type_name(part)}")
         return
-    if content is None and role == "assistant" and any(v for key, v in message.items() if key not in _LABELS):
+    if content is None and role == "assistant" and any(message.get(key) for key in _INSTEAD):
         return
     raise RowError(
         f"{place} must be a string, got {type_name(content)}; a list of text parts is legal too, and null beside the "
-        "tool_calls of an assistant"
+        f"{', '.join(_INSTEAD)} of an assistant"
     )
+
+
+def _check_calls(calls: Any, place: str) -> None:
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise RowError(f"{place} must be a list of mappings, got {type_name(calls)}; parse it where it is JSON text")
+    for index, call in enumerate(calls):
+        if not isinstance(call, Mapping):
+            raise RowError(f"{place}[{index}] must be a mapping, got {type_name(call)}")
+        inner = [call, *(value for value in call.values() if isinstance(value, Mapping))]
+        if not any(isinstance(part.get("name"), str) and part["name"] for part in inner):
+            raise RowError(f"{place}[{index}] names no tool; give {{'function': {{'name': ..., 'arguments': ...}}}}")
 
 
 def turn_flag(message: Mapping[str, Any], place: str) -> bool | None:
@@ -178,12 +194,19 @@ def turn_flag(message: Mapping[str, Any], place: str) -> bool | None:
     return bool(weight)
 
 
+def part_texts(content: Any) -> list[str]:
+    """The texts of a content, whatever its parts call them."""
+    parts = content if isinstance(content, list) else [content]
+    found: list[str] = []
+    for part in parts:
+        values = [v for key, v in part.items() if key != "type"] if isinstance(part, Mapping) else [part]
+        found += [value for value in values if isinstance(value, str)]
+    return found
+
+
 def message_texts(message: Mapping[str, Any]) -> list[str]:
     """The text of a message, without a thought before it."""
-    content = message.get("content")
-    parts = [content] if isinstance(content, str) else content if isinstance(content, list) else []
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    return [text.rpartition("</think>")[2] for text in texts if isinstance(text, str)]
+    return [text.rpartition("</think>")[2] for text in part_texts(message.get("content"))]
 
 
 def called_names(message: Mapping[str, Any]) -> list[str]:
@@ -191,19 +214,6 @@ def called_names(message: Mapping[str, Any]) -> list[str]:
     calls = [call for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
     functions = [call.get("function", call) for call in calls]
     return [f["name"] for f in functions if isinstance(f, Mapping) and isinstance(f.get("name"), str)]
-
-
-def template_advice(messages: Sequence[Mapping[str, Any]]) -> str:
-    """What may help where a chat template refuses messages, as the end of a sentence."""
-    if any(isinstance(message.get("content"), list) for message in messages):
-        return ". Contents that are lists of parts need a template that reads parts; else give them as text"
-    calls = [call for message in messages for call in message.get("tool_calls") or [] if isinstance(call, Mapping)]
-    functions = [call.get("function", call) for call in calls]
-    if any(isinstance(f, Mapping) and isinstance(f.get("arguments"), str) for f in functions):
-        return ". The tool-call arguments are JSON text; many templates want the mapping itself"
-    if any(message.get("content") is None for message in messages):
-        return '. Some templates want content to be "" and not null'
-    return ""
 
 
 def check_template_kwargs(value: Any, name: str) -> None:
@@ -264,6 +274,12 @@ def _check_tokens(row: Mapping[str, Any]) -> None:
     ids, mask, prompt_length = (row[name] for name in TOKEN_COLUMNS)
     if not isinstance(ids, list) or not isinstance(mask, list) or len(ids) != len(mask):
         raise RowError("input_ids and loss_mask must be lists of one length")
+    if not set(map(type, ids)) <= {int}:
+        wrong = next(value for value in ids if type(value) is not int)
+        raise RowError(f"input_ids must hold integers, got {wrong!r}")
+    if not (set(map(type, mask)) <= {int, bool} and set(mask) <= {0, 1}):
+        wrong = next(value for value in mask if type(value) not in (int, bool) or value not in (0, 1))
+        raise RowError(f"loss_mask must hold 0 and 1, got {wrong!r}")
     if isinstance(prompt_length, bool) or not isinstance(prompt_length, int):
         raise RowError(f"prompt_length must be an integer, got {type_name(prompt_length)}")
     if not 1 <= prompt_length <= len(ids):

@@ -69,17 +69,18 @@ def renamed(dataset: Dataset, columns: Mapping[str, str], source: str) -> Datase
     """`dataset` with our names for its columns.
 
     Raises:
-        ValueError: `columns` names one that is not there.
+        ValueError: `columns` names one that is not there, or one twice.
     """
     for target, name in columns.items():
-        if target == name:
-            continue
-        if name not in dataset.column_names:
+        if target != name and name not in dataset.column_names:
             raise ValueError(f"{source}: columns maps {target!r} to {name!r}; columns there: {dataset.column_names}")
-        if target in dataset.column_names:
-            dataset = dataset.remove_columns(target)
-        dataset = dataset.rename_column(name, target)
-    return dataset
+    names = {name: target for target, name in columns.items()}
+    if len(names) < len(columns):
+        raise ValueError(f"{source}: columns maps several names to one column: {dict(columns)}; map each to its own")
+    # All at once: names may change places.
+    taken = [target for target in columns if target in dataset.column_names and target not in names]
+    there = {name: target for name, target in names.items() if name in dataset.column_names}
+    return dataset.remove_columns(taken).rename_columns(there)
 
 
 # ---- JSON
@@ -107,7 +108,8 @@ def _json_row(
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected a JSON object, got {type_name(row)}")
     mapped = {**row, **{target: row.get(name) for target, name in columns.items()}}
-    unused.update(name for name in row if name not in KNOWN_COLUMNS and name not in columns.values())
+    own = [name for name in KNOWN_COLUMNS if name not in columns]
+    unused.update(name for name in row if name not in own and name not in columns.values())
     try:
         parsed = parsed_row(mapped)
         kind = check_row(parsed)
@@ -186,7 +188,7 @@ def _from_parquet(files: Sequence[Path], columns: Mapping[str, str], source: str
         raise ValueError(
             f"{source}: has none of the columns {KNOWN_COLUMNS}, but {list(names)}; map them with `columns`"
         )
-    warn_unused([name for name in names if name not in wanted and name not in columns], source)
+    warn_unused([name for name in names if name not in wanted], source)
     first = _part(schemas[files[0]], wanted)
     if all(_part(schema, wanted) == first for schema in schemas.values()) and not any(map(_must_convert, first.types)):
         # Plain text stays in the library's cache on disk.

@@ -21,7 +21,7 @@ from distillm_ext.training.row_checks import (
 )
 
 # Counts what is made of a row: results that `datasets` kept of an earlier count are not taken for this one's.
-_RULES = 2
+_RULES = 3
 LEFT_OUT = ("text of a message", "the name of a called tool", "the reasoning of the last turn")
 
 
@@ -35,7 +35,7 @@ class TokenRow:
         columns: the columns that the row was made of.
         left_out: which of `LEFT_OUT` the chat template does not show.
         cut_prompt, cut_response: whether tokens were cut off on the left, on the right.
-        kept: whether there is something to train on.
+        kept: whether a target, or a prompt alone, is left.
     """
 
     input_ids: list[int]
@@ -107,10 +107,11 @@ class RowTokenizer:
         # Nothing precedes the first token, so no model output can be its prediction.
         mask[0] = 0
         length = min(made.prompt_length - cut, len(ids))
+        left = length < len(ids) and any(mask)
         alone = made.prompt_length == len(made.input_ids)
         return TokenRow(
             ids, mask, length, columns, made.left_out, cut_prompt=cut > 0 or (alone and length < made.prompt_length),
-            cut_response=not alone and len(made.input_ids) - cut > len(ids), kept=alone or length < len(ids),
+            cut_response=not alone and len(made.input_ids) - cut > len(ids), kept=alone or left,
         )  # fmt: skip
 
     # ---- text
@@ -142,14 +143,22 @@ class RowTokenizer:
     def _plain(self, prompt: str, completion: str) -> TokenRow:
         eos = self._eos()
         prompt_ids, response = self._encode_pieces(prompt, completion)
-        prompt_ids = self.prefix + prompt_ids
+        prompt_ids = self._begun(prompt_ids)
+        if eos in response:
+            end = len(response) - response[::-1].index(eos)
+            # White space behind an end of the data's own is not generated.
+            response = response if self.tokenizer.decode(response[end:]).strip() else response[:end]
         if response[-1:] != [eos]:
             response = [*response, eos]
         return TokenRow(prompt_ids + response, [0] * len(prompt_ids) + [1] * len(response), len(prompt_ids))
 
+    def _begun(self, ids: list[int]) -> list[int]:
+        """With BOS before, once, where the tokenizer puts it there."""
+        return ids if self.prefix == ids[:1] else self.prefix + ids
+
     def _prompt(self, prompt: Any, row: Mapping[str, Any]) -> TokenRow:
         if isinstance(prompt, str):
-            ids, left_out = self.prefix + self._encode(prompt), TokenRow.left_out
+            ids, left_out = self._begun(self._encode(prompt)), TokenRow.left_out
         else:
             text = self.conversations.prompt(prompt, row)
             ids, left_out = self._encode(text), _left_out(prompt, text, None)

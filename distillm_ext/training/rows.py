@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from datasets import (
 from distillm_ext.paths import expand_path
 from distillm_ext.training.row_checks import KNOWN_COLUMNS, TOKEN_COLUMNS, RowError, check_row
 from distillm_ext.training.row_files import FILE_SUFFIXES, read_files, renamed
+from distillm_ext.training.row_folders import data_files, warn_left_out
 from distillm_ext.training.row_origin import remembers_source
 
 __all__ = ["FILE_SUFFIXES", "KNOWN_COLUMNS", "TOKEN_COLUMNS", "RowError", "check_row", "load_rows"]
@@ -62,6 +64,7 @@ def load_rows(
     """
     source = expand_path(source, "source")
     path, names = Path(source), columns or {}
+    _check_targets(names)
     suffix = path.suffix.lower()
     if path.is_file():
         if suffix not in FILE_SUFFIXES:
@@ -87,13 +90,23 @@ def _from_folder(
         assert isinstance(splits, DatasetDict)
         taken = _take_split({str(name): rows for name, rows in splits.items()}, split, path)
         return renamed(taken, columns, str(path))
+    data = data_files(path)
     found = load_dataset_builder(str(path), subset).config.data_files or {}
     files = {str(name): [Path(file) for file in listed] for name, listed in found.items()}
     if not files or any(file.suffix.lower() not in FILE_SUFFIXES for listed in files.values() for file in listed):
         return renamed(load_dataset(str(path), subset, split=split), columns, str(path))
+    warn_left_out(data, [file for listed in files.values() for file in listed], path)
     wanted = _split_names(split, list(files), path)
     read = {name: read_files(files[name], columns, str(path), need_responses=need_responses) for name in wanted}
     return _take_split(read, split, path)
+
+
+def _check_targets(columns: Mapping[str, str]) -> None:
+    for name in columns:
+        if name not in KNOWN_COLUMNS:
+            near = difflib.get_close_matches(name, KNOWN_COLUMNS, 1)
+            advice = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(KNOWN_COLUMNS)}"
+            raise ValueError(f"columns: {name!r} is no column that rows are made of; {advice}")
 
 
 def _split_names(split: str, available: list[str], path: Path) -> list[str]:
@@ -118,5 +131,10 @@ def _take_split(splits: Mapping[str, Dataset], split: str, path: Path) -> Datase
     taken = []
     for part in parts:
         rows = splits[part.splitname]
-        taken.append(rows.select(range(part.from_ or 0, len(rows) if part.to is None else part.to)))
+        end = len(rows) if part.to is None else min(part.to, len(rows))
+        # `select` refuses an empty range behind the last row.
+        taken.append(rows.select(range(part.from_ or 0, end) or range(0)))
+    if not any(len(part) for part in taken):
+        counts = ", ".join(f"{name!r} has {len(splits[name])} rows" for name in dict.fromkeys(names))
+        raise ValueError(f"{path}: split {split!r} takes no row: {counts}")
     return taken[0] if len(taken) == 1 else concatenate_datasets(taken)
