@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from distillm_ext.training.models import load_tokenizer
+from distillm_ext.models.loading import load_tokenizer
 from gguf_world import write_gguf
 from packaging.requirements import Requirement
 from packaging.version import Version
