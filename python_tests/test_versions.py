@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from distillm_ext.models.loading import load_tokenizer
 from gguf_world import write_gguf
 from packaging.requirements import Requirement
 from packaging.version import Version
 from transformers import AutoTokenizer
+
+from distillm_ext.models.loading import load_tokenizer
 
 REQUIREMENTS = [Requirement(text) for text in importlib.metadata.requires("distillm_ext") or []]
 
