@@ -36,7 +36,7 @@ def split_teacher(teacher: Any, teacher_cache: CacheLike | None) -> tuple[Any, C
             f"teacher_cache: expected the folder of a cache or a TeacherCache, got {type(teacher_cache).__name__}; a "
             "model is passed as teacher"
         )
-    if isinstance(teacher, (str, Path)) and not Path(expand_path(teacher, "teacher")).is_dir():
+    if isinstance(teacher, str) and not Path(expand_path(teacher, "teacher")).is_dir():
         raise TypeError(
             f"teacher: expected a causal language model or the folder of a cache, and {str(teacher)!r} is no folder; "
             "load a model with AutoModelForCausalLM.from_pretrained, make a cache with distillm capture"
