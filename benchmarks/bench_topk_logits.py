@@ -77,7 +77,7 @@ def cuda_counters(vocabularies: tuple[int, ...], k: int = 64, gpu: str = "H100-S
 
 def publish_cuda_model() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests"))
-    from ptx_kernels import ptxas_report
+    from ptx_resources import ptxas_report
 
     title = "topk_logits, sm_90: counts per entry; model of 4096 rows on H100 (no timing)"
     harness.publish(title, cuda_counters((32000, 50257, 128256, 151936)), "topk_logits_cuda_counters.csv")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import subprocess
 import tempfile
 from dataclasses import dataclass, replace
@@ -269,36 +268,3 @@ def launch_planned(case: DivergenceCase, arch: str, clusters: bool = True, **opt
     plan = plan_launch(case, arch, clusters)
     case = replace(case, staged_turns=plan.staged_turns, kept_turns=plan.kept_turns)
     return launch_divergence(case, arch, plan.threads, plan.cluster, **options)
-
-
-@dataclass
-class KernelResources:
-    """What ptxas says about a kernel."""
-
-    kernel: str
-    registers: int
-    spill_bytes: int
-    stack_bytes: int
-    static_shared_bytes: int
-
-
-def ptxas_report(arch: str, source: str = "all.cu") -> list[KernelResources]:
-    """Compiles the kernels of a file of python_tests/kernels for a real architecture and reads `ptxas -v`."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [ptxsim.find_nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas", "-v",
-                   f"-I{ROOT / 'csrc'}", str(KERNELS / source), "-o", f"{folder}/all.cubin"]  # fmt: skip
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    pattern = (
-        r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
-        r"ptxas info\s+: Used (\d+) registers(?:.*?(\d+) bytes smem)?"
-    )
-    found = re.findall(pattern, text)
-    names = ptxsim.demangle([mangled for mangled, *_ in found])
-    return [
-        KernelResources(_short(name), int(registers), int(stores) + int(loads), int(stack), int(shared or 0))
-        for name, (_, stack, stores, loads, registers, shared) in zip(names, found, strict=True)
-    ]
-
-
-def _short(name: str) -> str:
-    return re.sub(r"distillm::(generic::)?|\(.*\)|^void ", "", name)

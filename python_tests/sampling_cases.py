@@ -57,7 +57,6 @@ def on_cpu(case: SamplingCase):
 
 def check(case: SamplingCase, arch: str = "sm_90", **options):
     """Launches and compares with the CPU kernel: tokens and validity exactly, log-probabilities to rounding."""
-    options.setdefault("count", False)
     tokens, logprobs, filtered, valid = (x.numpy() for x in on_cpu(case))
     result = launch_sampling(case, arch, **options)
     np.testing.assert_array_equal(result.valid, valid)

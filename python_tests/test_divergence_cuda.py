@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from divergence_oracle import reference
 from ptx_kernels import FUNCTORS, DivergenceCase, launch_divergence
+from tiers import full
 
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 PAIRS = [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F32), (F16, BF16)]
@@ -35,16 +36,14 @@ def unaligned(array: np.ndarray, entries: int, stride: int | None = None) -> np.
     return view
 
 
-def run(case: DivergenceCase, arch: str = "sm_90", **options):
-    options.setdefault("count", False)
-    return launch_divergence(case, arch, **options)
+run = launch_divergence
 
 
 def check(case: DivergenceCase, arch: str = "sm_90", **options):
     """Launches and compares every row: NaN and infinities in the same places, values and gradients close."""
     loss, gradient, magnitude = reference(case)  # first: an in-place launch overwrites the student
     dtype = case.student.dtype
-    result = run(case, arch, **options)
+    result = launch_divergence(case, arch, **options)
     np.testing.assert_allclose(result.loss, loss, rtol=2e-5, atol=3e-6)
     if result.gradient is not None:
         got = result.gradient.astype(np.float64)
@@ -56,7 +55,7 @@ def check(case: DivergenceCase, arch: str = "sm_90", **options):
     return result
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90", *full("sm_80")])
 @pytest.mark.parametrize("student,teacher", PAIRS, ids=lambda dtype: dtype.name)
 def test_dtypes_sizes_and_schedules(arch, student, teacher, rng):
     for seed, vocab in enumerate(ODD_SIZES):
@@ -75,8 +74,8 @@ def test_divergences(divergence, rng):
         check(DivergenceCase(student, teacher, divergence, alpha=alpha))
 
 
-@pytest.mark.parametrize("arch", ["sm_100", "sm_120"])
-def test_newer_architectures(arch, rng):
+@pytest.mark.parametrize("arch", ["sm_80", *full("sm_100", "sm_120")])
+def test_other_architectures(arch, rng):
     case = DivergenceCase(logits(rng, 2, 1023, BF16), logits(rng, 2, 1023, BF16))
     for seed in (0, 5):
         check(case, arch, threads=64, seed=seed)
@@ -155,7 +154,7 @@ def test_skipped_rows_are_not_read(rng):
     check(case)
     case.labels, case.weight = np.array([-7, -7, -7, -7]), None
     case.ignore_index = -7
-    result = check(case, count=True)
+    result = check(case)
     assert result.counters.buffers[0].load_bytes == result.counters.buffers[1].load_bytes == 0
 
 
@@ -226,7 +225,7 @@ def test_blocks_of_rows(vocab, in_place, rng):
     rows = blocks.reshape(6, vocab)  # a copy: the oracle's
     case = DivergenceCase(rows, logits(rng, 6, vocab, BF16), student_blocks=blocks, in_place=in_place)
     loss, gradient, magnitude = reference(case)
-    result = run(case)
+    result = launch_divergence(case)
     np.testing.assert_allclose(result.loss, loss, rtol=2e-5, atol=3e-6)
     got = result.gradient.reshape(6, vocab).astype(np.float64)
     assert (np.abs(got - gradient) <= ROUNDING[BF16] * np.abs(gradient) + 5e-6 * magnitude + 1e-15).all()
@@ -234,15 +233,15 @@ def test_blocks_of_rows(vocab, in_place, rng):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_identical_inputs(divergence, rng):
+@pytest.mark.parametrize("dtype", [F32, *full(BF16)], ids=str)
+def test_identical_inputs(divergence, dtype, rng):
     """Exactly 0, but where the teacher is a blend with a softmax of its own."""
-    for dtype in (F32, BF16):
-        student = logits(rng, 2, 20011, dtype)
-        for temperature in (1.0, 3.0):
-            case = DivergenceCase(student, student.copy(), divergence, temperature=temperature)
-            result = run(case, threads=256, cluster=2)
-            assert (np.abs(result.loss) <= (1e-6 if divergence == "interpolated" else 0)).all()
-            assert np.abs(result.gradient.astype(np.float32)).max() <= 1e-7
+    student = logits(rng, 2, 20011, dtype)
+    for temperature in (1.0, 3.0):
+        case = DivergenceCase(student, student.copy(), divergence, temperature=temperature)
+        result = launch_divergence(case, threads=256, cluster=2)
+        assert (np.abs(result.loss) <= (1e-6 if divergence == "interpolated" else 0)).all()
+        assert np.abs(result.gradient.astype(np.float32)).max() <= 1e-7
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -259,7 +258,7 @@ def test_extreme_logits(divergence, rng):
 
 def test_independent_of_the_schedule(rng):
     case = DivergenceCase(logits(rng, 3, 2051, F32), logits(rng, 3, 2051, F32))
-    results = [run(case, threads=160, seed=seed) for seed in range(4)]
+    results = [launch_divergence(case, threads=160, seed=seed) for seed in range(4)]
     for other in results[1:]:
         np.testing.assert_array_equal(results[0].loss, other.loss)
         np.testing.assert_array_equal(results[0].gradient, other.gradient)
@@ -273,11 +272,11 @@ def test_counted_traffic(rng):
     case = DivergenceCase(logits(rng, rows, vocab, BF16), logits(rng, rows, vocab, BF16))
     for staged, reads in ((None, 1), (2, 2), (0, 3)):
         case.staged_turns = staged
-        counters = check(case, threads=threads, count=True).counters
+        counters = check(case, threads=threads).counters
         assert counters.load_bytes == 4 * entries * reads + first_logits
         assert counters.store_bytes == 2 * entries + 4 * rows
     case.staged_turns, case.need_gradient = None, False
-    counters = check(case, threads=threads, count=True).counters
+    counters = check(case, threads=threads).counters
     assert (counters.load_bytes, counters.store_bytes) == (4 * entries + first_logits, 4 * rows)
     accesses = {site.text.split()[0] for site in counters.sites if site.access == "load global"}
     assert "ld.global.v4.u32" in accesses

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from divergence_oracle import log_softmax, padded
-from ptx_kernels import DivergenceCase
-from test_divergence_cuda import BF16, F32, logits, run
+from ptx_kernels import DivergenceCase, launch_divergence
+from test_divergence_cuda import BF16, F32, logits
+from tiers import full
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def expected_metrics(case: DivergenceCase) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("staged", [0, 1, None])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90", *full("sm_80")])
 def test_ties_masked_rows_and_rows_without_a_divergence(dtype, staged, arch, rng):
     student, teacher = logits(rng, 6, 517, dtype), logits(rng, 6, 517, dtype)
     student[0, 100] = teacher[0, 100] = teacher[0, 400] = 40  # of equal largest logits the first counts,
@@ -42,15 +43,15 @@ def test_ties_masked_rows_and_rows_without_a_divergence(dtype, staged, arch, rng
             need_metrics=True, staged_turns=staged,
         )  # fmt: skip
         expected = expected_metrics(case)[:3]
-        result = run(case, arch, threads=32, seed=3)
+        result = launch_divergence(case, arch, threads=32, seed=3)
         np.testing.assert_allclose(result.metrics[:3], expected, rtol=2e-5, atol=2e-6)
         assert expected[0, 2] == expected[1, 2] == 1
         assert (result.metrics[3] == 0).all() and np.isnan(result.metrics[4:]).all()
     case = DivergenceCase(student, teacher, need_metrics=True, need_gradient=False)
-    np.testing.assert_allclose(run(case).metrics[0, 2], 1)
+    np.testing.assert_allclose(launch_divergence(case).metrics[0, 2], 1)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "skew_kl", "adaptive_kl", "interpolated"])
+@pytest.mark.parametrize("divergence", ["skew_kl", "adaptive_kl", *full("forward_kl", "interpolated")])
 def test_members_clusters_and_unequal_vocabularies(divergence, rng):
     student, teacher = logits(rng, 8, 333, BF16), logits(rng, 8, 301, BF16)
     student[0], teacher[0] = 0, 0  # the first of equal logits
@@ -61,7 +62,7 @@ def test_members_clusters_and_unequal_vocabularies(divergence, rng):
     weight = np.array([1, 1, 2, 1, 1, 0, 1, 1], np.float32)
     for cluster, options in ((1, {}), (2, {"temperature": 2.0}), (4, {"staged_turns": 0, "need_gradient": False})):
         case = DivergenceCase(student, teacher, divergence, weight=weight, need_metrics=True, **options)
-        result = run(case, threads=32, cluster=cluster, seed=1)
+        result = launch_divergence(case, threads=32, cluster=cluster, seed=1)
         expected = expected_metrics(case)
         expected[5], expected[6] = 0, np.nan
         np.testing.assert_allclose(result.metrics, expected, rtol=2e-5, atol=2e-5)
@@ -69,6 +70,6 @@ def test_members_clusters_and_unequal_vocabularies(divergence, rng):
 
 def test_metrics_cost_no_further_reads(rng):
     case = DivergenceCase(logits(rng, 1, 4096, BF16), logits(rng, 1, 4096, BF16), staged_turns=1)
-    plain = run(case, threads=64, count=True).counters.load_bytes
+    plain = launch_divergence(case, threads=64).counters.load_bytes
     case.need_metrics = True
-    assert run(case, threads=64, count=True).counters.load_bytes == plain
+    assert launch_divergence(case, threads=64).counters.load_bytes == plain

@@ -13,8 +13,9 @@ import ptxsim
 import pytest
 from packing_cases import CODECS, Case
 from ptx_kernels import KERNELS, compiled
+from tiers import full
 
-ARCHITECTURES = ["sm_80", "sm_90"]
+ARCHITECTURES = ["sm_90", *full("sm_80")]
 
 
 @cache
@@ -48,7 +49,6 @@ def field_pointers(case: Case) -> list[np.ndarray | None]:
 def launch(kernel: str, arguments: ptxsim.Struct, case: Case, arch: str, threads: int, readonly, **options):
     rows, k = case.ids.shape
     module = compiled("pack_logits.cu", arch)
-    options.setdefault("count", False)
     shared = 4 * (options.pop("words") + 2 * k)
     return module.launch(kernel, rows, threads, [arguments], shared_bytes=shared, readonly=readonly, **options)
 
@@ -112,8 +112,8 @@ def test_bytes_of_the_cpu_and_back(arch, codec, layout_of):
             assert_same(back, wanted)
 
 
-@pytest.mark.parametrize("arch", ["sm_100", "sm_120"])
-def test_newer_architectures(arch, layout_of):
+@pytest.mark.parametrize("arch", ["sm_80", *full("sm_100", "sm_120")])
+def test_other_architectures(arch, layout_of):
     case = cases.make(3, 1000, 16)
     np.testing.assert_array_equal(pack(case, "q8", layout_of, arch), case.pack("q8"))
     assert_same(unpack(case.pack("q8"), case, "q8", layout_of, arch), case.unpack(case.pack("q8"), "q8"))

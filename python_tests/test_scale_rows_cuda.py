@@ -7,6 +7,7 @@ import numpy as np
 import ptxsim
 import pytest
 from ptx_kernels import compiled, flat_storage, row_layout, type_name
+from tiers import full
 
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 
@@ -19,7 +20,7 @@ def scale_rows(gradient: np.ndarray, scale: np.ndarray, arch: str = "sm_90", see
     return module.launch(kernel, int(np.prod(rows)), threads, arguments, seed=seed, readonly=[scale])
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90", *full("sm_80")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_product(arch, dtype, offset):

@@ -9,9 +9,9 @@ import numpy as np
 import ptxsim
 import pytest
 import torch
-from ptx_kernels import ptxas_report
 from ptx_sparse import SparseCase, changed, launch_sparse, sparse_module, sparse_reference
 from sparse_cases import FORMS, compressed, edited
+from tiers import full
 
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 ROUNDING = {F32: 2.0**-22, BF16: 2.0**-8, F16: 2.0**-11}
@@ -46,7 +46,7 @@ def check(case: SparseCase, arch: str = "sm_90", **options):
     return result
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_90", *full("sm_80")])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda dtype: dtype.name)
 def test_dtypes_sizes_and_schedules(arch, dtype, rng):
     for seed, (vocab, k) in enumerate(((1, 1), (7, 3), (31, 40), (1023, 64), (4099, 100))):
@@ -72,8 +72,8 @@ def test_alpha_per_row(tail, rng):
         assert np.isnan(check(case).loss).tolist() == [False, False, True, True, False]
 
 
-@pytest.mark.parametrize("arch", ["sm_100", "sm_120"])
-def test_newer_architectures(arch, rng):
+@pytest.mark.parametrize("arch", ["sm_80", *full("sm_100", "sm_120")])
+def test_other_architectures(arch, rng):
     case = case_of(rng, 2, 1023, 32, BF16)
     for seed in (0, 5):
         check(case, arch, threads=64, seed=seed)
@@ -144,7 +144,7 @@ def test_bad_rows_stay_alone_and_skipped_rows_are_not_read(rng):
         assert np.isnan(result.loss).tolist() == [True] * 6 + [False] * 2
         assert np.isnan(result.gradient).all(-1).tolist() == [True] * 6 + [False] * 2
         case.labels, case.weight = np.full(8, -100), np.ones(8, np.float32)
-        result = check(case, count=True)
+        result = check(case)
         assert result.counters.buffers[0].load_bytes == 0
 
 
@@ -175,7 +175,7 @@ def test_counted_traffic(rng):
     entries, kept = rows * vocab, rows * k
     case = case_of(rng, rows, vocab, k, BF16)
     for staged, reads in ((None, 1), (256, 1.5), (0, 2)):
-        counters = check(changed(case, staged_chunks=staged), threads=128, count=True).counters
+        counters = check(changed(case, staged_chunks=staged), threads=128).counters
         student = counters.buffers[0]
         assert student.load_bytes == 2 * entries * reads + 2 * kept
         assert counters.store_bytes == 2 * entries + 2 * kept + 4 * rows
@@ -183,7 +183,7 @@ def test_counted_traffic(rng):
     assert "ld.global.v4.u32" in accesses
 
 
-@pytest.mark.parametrize("barrier", [1, 3])
+@pytest.mark.parametrize("barrier", [1, *full(3)])
 def test_race_check_sees_a_missing_barrier(barrier, tmp_path: Path, rng):
     """The kernel without one of its barriers is caught: the silence of the other tests means something."""
     case = case_of(rng, 1, 515, 64)
@@ -194,10 +194,3 @@ def test_race_check_sees_a_missing_barrier(barrier, tmp_path: Path, rng):
     with pytest.raises(ptxsim.KernelError, match="race"):
         for seed in range(8):
             launch_sparse(case, threads=128, seed=seed, module=ptxsim.load_ptx(tmp_path / "racy.ptx"))
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
-def test_no_spills(arch):
-    kernels = ptxas_report(arch, "sparse_divergence.cu")
-    assert len(kernels) == 3
-    assert [k for k in kernels if k.spill_bytes or k.stack_bytes or k.registers > 64] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -11,9 +12,10 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 HEADERS = ("runtime.hpp", "arithmetic.hpp", "scheduler.hpp")
 # -frounding-math and -ffp-contract=off: PTX says exactly which operations round and fuse.
 CXX_FLAGS = (
-    "-std=c++17 -O1 -w -fPIC -shared -fvisibility=hidden -fno-gnu-unique -ffp-contract=off "
+    "-std=c++17 -Og -w -fPIC -shared -fvisibility=hidden -fno-gnu-unique -ffp-contract=off "
     "-frounding-math -fno-strict-aliasing -fwrapv"
 ).split()
 DEVICE_ALIGNMENT = 256  # what cudaMalloc guarantees
@@ -192,6 +194,15 @@ def _context_flags() -> tuple[str, ...]:
     return flags
 
 
+@contextmanager
+def _alone(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to make it in, while other processes that want to make it wait."""
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            yield Path(folder)
+
+
 def demangle(names: Sequence[str]) -> list[str]:
     if not names or not shutil.which("c++filt"):
         return list(names)
@@ -333,6 +344,23 @@ def _pack_argument(value: Any, parameter: dict, memory: _DeviceMemory) -> bytes:
     return data
 
 
+# --- translation ----------------------------------------------------------------------------------
+
+
+def _translated(ptx: str, path: str) -> tuple[str, dict]:
+    """C++ and description of a PTX text; kept on disk, since every process asks for it."""
+    key = _digest(ptx, path, (HERE / "translate.py").read_bytes())
+    target = cache_dir() / f"translation-{key}.json"
+    with _alone(target) as folder:
+        if not target.exists():
+            translation = Translation(ptx, path)
+            found = {"cpp": translation.cpp, "info": translation.describe()}
+            (folder / "translation.json").write_text(json.dumps(found))
+            os.replace(folder / "translation.json", target)
+    found = json.loads(target.read_text())
+    return found["cpp"], found["info"]
+
+
 # --- simulated module -----------------------------------------------------------------------------
 
 
@@ -341,9 +369,7 @@ class Simulator:
 
     def __init__(self, ptx: str, path: str = "<ptx>"):
         self.path = path
-        translation = Translation(ptx, path)
-        self._cpp = translation.cpp
-        self._info = translation.describe()
+        self._cpp, self._info = _translated(ptx, path)
         names = [k["name"] for k in self._info["kernels"]]
         self.kernels: dict[str, str] = dict(zip(names, demangle(names), strict=True))
         self._libraries: dict[bool, ctypes.CDLL] = {}
@@ -364,13 +390,12 @@ class Simulator:
         headers = [(HERE / name).read_bytes() for name in HEADERS]
         key = _digest(self._cpp, *headers, " ".join([*flags, *context]), cxx, version)
         target = cache_dir() / f"module-{key}.so"
-        if target.exists():
-            return target
-        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-            source, output = Path(folder) / "module.cpp", Path(folder) / "module.so"
-            source.write_text(self._cpp)
-            _run([cxx, *flags, f"-I{HERE}", str(source), "-o", str(output), *context], "g++")
-            os.replace(output, target)
+        with _alone(target) as folder:
+            if not target.exists():
+                source, output = folder / "module.cpp", folder / "module.so"
+                source.write_text(self._cpp)
+                _run([cxx, *flags, f"-I{HERE}", str(source), "-o", str(output), *context], "g++")
+                os.replace(output, target)
         return target
 
     # lookup
@@ -656,22 +681,28 @@ def compile_cuda(
     command += options
     key = _digest(*command, str(Path(path).resolve()))
     ptx, manifest = cache_dir() / f"nvcc-{key}.ptx", cache_dir() / f"nvcc-{key}.json"
-    if not _is_current(ptx, manifest):
-        with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-            output, depends = Path(folder) / "out.ptx", Path(folder) / "out.d"
+    with _alone(ptx) as folder:
+        if not _is_current(ptx, manifest):
+            output, depends = folder / "out.ptx", folder / "out.d"
             _run([*command, "-MD", "-MF", str(depends), str(path), "-o", str(output)], "nvcc")
             manifest.unlink(missing_ok=True)
             text = depends.read_text().replace("\\\n", " ").partition(":")[2]
-            files = re.findall(r"(?:\\ |\S)+", text)
-            stamps = {name.replace("\\ ", " "): _stamp(name.replace("\\ ", " ")) for name in files}
+            names = [name.replace("\\ ", " ") for name in re.findall(r"(?:\\ |\S)+", text)]
+            stamps = {name: _stamp(name) for name in names}
             os.replace(output, ptx)
             manifest.write_text(json.dumps(stamps))
     return load_ptx(ptx)
 
 
-def _stamp(name: str) -> list[int]:
+def _stamp(name: str) -> str:
+    """By content: a fresh checkout has new times, and its files are the same."""
     status = os.stat(name)
-    return [status.st_mtime_ns, status.st_size]
+    return _content_digest(name, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _content_digest(name: str, modified: int, size: int) -> str:
+    return _digest(Path(name).read_bytes())
 
 
 def _is_current(ptx: Path, manifest: Path) -> bool:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import ptxsim
+from tiers import full
 
 HERE = Path(__file__).resolve().parent
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-CLUSTER_ARCHITECTURES = ARCHITECTURES[1:]
+ARCHITECTURES = ("sm_90", *full("sm_80", "sm_100", "sm_120"))
+CLUSTER_ARCHITECTURES = ("sm_90", *full("sm_100", "sm_120"))
 
 
 @cache
