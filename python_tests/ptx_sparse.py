@@ -77,7 +77,6 @@ def launch_sparse(
     case: SparseCase, arch: str = "sm_90", threads: int = 64, module: ptxsim.Simulator | None = None, **options: Any
 ) -> SparseResult:
     """Runs the kernel; `options` go to Simulator.launch."""
-    options.setdefault("count", False)
     rows, vocab = case.student.shape
     at = case.teacher.temperatures.index(case.temperature)
     teacher = case.teacher

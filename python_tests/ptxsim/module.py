@@ -378,10 +378,11 @@ class Simulator:
 
     def _library(self, count: bool) -> ctypes.CDLL:
         if count not in self._libraries:
-            self._libraries[count] = ctypes.CDLL(str(self._build(count)))
+            self._libraries[count] = ctypes.CDLL(str(self.build(count)))
         return self._libraries[count]
 
-    def _build(self, count: bool) -> Path:
+    def build(self, count: bool = True) -> Path:
+        """Compiles the C++ unless the cache has it; launches do so by themselves."""
         cxx, version = _compiler()
         flags = [*CXX_FLAGS, f"-DPTXSIM_COUNT={int(count)}"]
         if _tsan():
