@@ -9,6 +9,9 @@
 //   wait()           all blocks have started: before the first write to the shared memory of another
 //   synchronize()    once per exchange: what was written to any block before it can be read after it
 //
+// The exchanges of `divergence`: sums of the softmaxes; what its member asks for; value and G; the member's again. Of
+// `sample_tokens`: reference of the bins; statistics; brackets; pass 2; what the leader found; end.
+//
 // A block must not exit while another may still reach its shared memory: blocks write to others and read their own
 // after the barrier (cluster_reduce.cuh), or meet once more at the end (sample_tokens.cuh).
 #pragma once

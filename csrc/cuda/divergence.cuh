@@ -6,9 +6,9 @@
 // (row_pair.cuh). Three passes: softmax statistics of both sides (online); value, G and the sum of G; gradient.
 // Between them the row lives in the shared memory of the cluster, first as logits, then as the student's logits and G,
 // so that nothing row-sized is written but the gradient, and the third pass computes one exponential per entry.
-// Bytes per entry in bf16: 4 read and 2 written where the logits fit in the cluster's shared memory (V <= 464,000 in 8
-// blocks of 227 KB, 196,000 of 99 KB; alone, before 9.0, FIXME); of longer rows it keeps the
-// part that fits, and the rest is read once more in each of the two later passes.
+// Bytes per entry in bf16: 4 read and 2 written where the logits fit in the cluster's shared memory (V <= 442,000 in 8
+// blocks of 227 KB, 196,000 of 99 KB; before 9.0 in one block: 39,900 of 163 KB, 24,500 of 99 KB); of longer rows it
+// keeps the part that fits, and the rest is read once more in each of the two later passes.
 #pragma once
 
 #include "divergence_members.cuh"
