@@ -36,7 +36,7 @@ MODELLED_ROWS = 4096
 # Standard deviations of the logits; adaptive_kl works otherwise on flat rows, where thousands of entries are the head.
 SPREAD = 3.0
 SPREADS = {"adaptive_kl": (SPREAD, 1.0, 0.1)}
-# Beside the H100: teams of blocks where there are no clusters, smaller shared memory, more bandwidth per instruction.
+# Beside the H100: one block per row where there are no clusters, smaller shared memory, more bandwidth per instruction.
 OTHER_GPUS = {"sm_80": "A100-80GB", "sm_86": "RTX-3090", "sm_89": "L40S", "sm_100": "B200", "sm_120": "RTX-5090"}
 
 
@@ -56,7 +56,6 @@ class CounterRow:
     kept_share: float  # of its entries whose G and q do
     read_bytes: float  # logits from global memory, per entry
     written_bytes: float
-    exchanged_bytes: float  # read and written per entry beside logits and gradient: side inputs, results, mailboxes
     load_efficiency: float  # bytes asked for / bytes of the 32-byte sectors touched
     special_functions: float  # per entry
     fp32_operations: float
@@ -114,8 +113,7 @@ def count_case(divergence: str, dtype: str, vocabulary: int, arch: str, gpu: str
         divergence, dtype, spread, vocabulary, arch, plan.cluster, plan.threads, occupancy(case, plan, arch),
         min(plan.cluster * plan.threads * plan.staged_turns / case.chunks, 1),
         min(plan.cluster * plan.threads * plan.kept_turns / case.chunks, 1),
-        read / entries, written / entries, (counters.load_bytes + counters.store_bytes - read - written) / entries,
-        counters.load_efficiency,
+        read / entries, written / entries, counters.load_efficiency,
         counters.group("mufu_") / entries, counters.group("fp32_") / entries,
         32 * counters.issued_warp_instructions / entries, dram_ms, modelled_ms, limiter,
     )  # fmt: skip
@@ -139,8 +137,7 @@ def cuda_counters(
 
 
 def architecture_row(arch: str, gpu: str, vocabulary: int) -> harness.Row:
-    """skew_kl on another GPU: logits and gradient without help from the L2 cache, against each byte once. What teams
-    exchange lies in the same few kilobytes for all rows and stays in that cache; nobody models the wait at barriers."""
+    """skew_kl on another GPU: logits and gradient without help from the L2 cache, against each byte once."""
     row = count_case("skew_kl", "bfloat16", vocabulary, arch, gpu)
     traffic = (row.read_bytes + row.written_bytes) * MODELLED_ROWS * vocabulary
     traffic_ms = 1e3 * traffic / ptxsim.GPUS[gpu].dram_bytes_per_second
@@ -154,7 +151,6 @@ def architecture_row(arch: str, gpu: str, vocabulary: int) -> harness.Row:
         "staged": row.staged_share,
         "B read": row.read_bytes,
         "B written": row.written_bytes,
-        "B exchanged": row.exchanged_bytes,
         "issued": row.issued_instructions,
         "bytes / minimum": traffic_ms / row.dram_ms,
         "model / dram": max(traffic_ms, row.modelled_ms) / row.dram_ms,

@@ -34,7 +34,6 @@ FUNCTORS = {
 }
 # Shared memory in KB: most of a block and all of a multiprocessor's; 1 of the latter is reserved per block.
 SHARED_KILOBYTES = {80: (163, 164), 86: (99, 100), 89: (99, 100), 90: (227, 228), 100: (227, 228), 120: (99, 100)}
-CLUSTER_ARCHITECTURES = (90, 100, 120)  # where a launch is modelled with clusters; the launcher asks the device
 # Published defaults of alpha and beta, where they are not (0.1, unused); interpolated has none.
 HYPER_PARAMETERS = {
     "symmetric_kl": (0.1, 0.9),
@@ -146,39 +145,17 @@ def architecture(arch: str) -> int:
     return int(arch.removeprefix("sm_"))
 
 
-@dataclass
-class TeamMemory:
-    """struct TeamMemory of csrc/cuda/team.cuh; the counters may start anywhere that is a multiple of the team."""
-
-    teams: int  # 0: none
-    size: int
-    mailbox_bytes: int
-    first_arrival: int = 2**32 - 16  # they wrap around
-
-    @property
-    def argument(self) -> ptxsim.Struct:
-        if self.teams == 0:
-            return ptxsim.Struct(None, None, np.int32(1), np.int32(0))
-        mailboxes = np.full((self.teams, 2, self.size, self.mailbox_bytes), 0xFF, np.uint8)
-        arrivals = np.full(self.teams, self.first_arrival, np.uint32)
-        return ptxsim.Struct(mailboxes, arrivals, np.int32(self.size), np.int32(self.teams))
-
-
 def launch_divergence(
     case: DivergenceCase,
     arch: str = "sm_90",
     threads: int = 64,
     cluster: int = 1,
     module: ptxsim.Simulator | None = None,
-    teams: int | None = None,
     **options: Any,
 ) -> DivergenceResult:
-    """Runs the kernel; `options` go to Simulator.launch. `teams`: so many teams of `cluster` blocks take the rows by
-    turns (default: 2), where the architecture has no clusters."""
+    """Runs the kernel; `options` go to Simulator.launch."""
     rows, columns = case.student.shape
     module = module or divergence_module(arch, case.divergence, case.student, case.teacher)
-    teams = min(teams or 2, rows) if cluster > 1 and architecture(arch) < 90 else 0
-    team_memory = TeamMemory(teams, cluster, module.kernel_info("divergence_kernel")["static_shared"]).argument
     vocab = columns if case.vocab_size is None else case.vocab_size
     teacher_vocab = case.teacher.shape[1] if case.vocab_size is None else case.vocab_size
     staged, kept = case.turns(cluster, threads)
@@ -200,11 +177,10 @@ def launch_divergence(
         np.int32(staged), np.int32(kept),
         case.labels, case.weight, case.alpha_rows, case.cap, loss, metrics, np.int64(case.ignore_index),
         np.float32(case.alpha), np.float32(case.beta), np.float32(1 / case.temperature), np.float32(case.ce_weight),
-        np.int32(case.detach_mixture), np.int32(rows), team_memory,
+        np.int32(case.detach_mixture),
     )  # fmt: skip
     counters = module.launch(
-        "divergence_kernel", (teams or rows) * cluster, threads, [arguments], cooperative=bool(teams),
-        cluster=(1 if teams else cluster, 1, 1),
+        "divergence_kernel", rows * cluster, threads, [arguments], cluster=(cluster, 1, 1),
         shared_bytes=threads * (staged * case.slot_bytes + kept * case.kept_bytes),
         readonly=[teacher] if case.in_place else [student, teacher],
         **options,
@@ -232,14 +208,18 @@ def planner() -> Any:
         return ctypes.CDLL(library)
 
 
+def most_blocks_of_cluster(arch: str, clusters: bool) -> int:
+    """Of a device of this architecture; `clusters`: whether it can hold any."""
+    return 8 if clusters and architecture(arch) >= 90 else 1
+
+
 def plan_launch(case: DivergenceCase, arch: str, clusters: bool = True) -> Plan:
-    """What csrc/cuda/divergence.cu chooses on a device of this architecture; clusters: or teams."""
+    """What csrc/cuda/divergence.cu chooses on a device of this architecture."""
     module = divergence_module(arch, case.divergence, case.student, case.teacher)
-    number = architecture(arch)
-    block, multiprocessor = (1024 * kilobytes for kilobytes in SHARED_KILOBYTES[number])
+    block, multiprocessor = (1024 * kilobytes for kilobytes in SHARED_KILOBYTES[architecture(arch)])
     static = module.kernel_info("divergence_kernel")["static_shared"]
     shape = (ctypes.c_int64 * 5)(case.chunks, case.slot_bytes, case.kept_bytes, case.need_gradient, static)
-    device = (ctypes.c_int64 * 5)(block, multiprocessor, 1024, 8 if clusters else 1, clusters and number < 90)
+    device = (ctypes.c_int64 * 4)(block, multiprocessor, 1024, most_blocks_of_cluster(arch, clusters))
     out = (ctypes.c_int64 * 4)()
     planner().plan(shape, device, out)
     return Plan(*out)

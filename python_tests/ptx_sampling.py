@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import ptxsim
-from ptx_kernels import SHARED_KILOBYTES, TeamMemory, architecture, compiled, flat_storage, planner, type_name
+from ptx_kernels import (
+    SHARED_KILOBYTES,
+    architecture,
+    compiled,
+    flat_storage,
+    most_blocks_of_cluster,
+    planner,
+    type_name,
+)
 
 TILE_CHUNKS = 128
 
@@ -71,15 +79,11 @@ def launch_sampling(
     arch: str = "sm_90",
     threads: int = 64,
     module: ptxsim.Simulator | None = None,
-    teams: int | None = None,
     **options: Any,
 ) -> SamplingResult:
-    """Runs the kernel; `options` go to Simulator.launch. `teams`: so many teams of case.cluster blocks take the rows by
-    turns (default: 2), where the architecture has no clusters."""
+    """Runs the kernel; `options` go to Simulator.launch."""
     rows, vocab = case.logits.shape
     module = module or sampling_module(arch, case.logits)
-    teams = min(teams or 2, rows) if case.cluster > 1 and architecture(arch) < 90 else 0
-    memory = TeamMemory(teams, case.cluster, module.kernel_info("sample_tokens_kernel")["static_shared"])
     logits = flat_storage(case.logits)
     outputs = [
         np.full(rows, 7, np.int64),
@@ -95,11 +99,10 @@ def launch_sampling(
         *(part for value in (case.top_k, case.seed, case.position) for part in _per_row(value, np.int64)),
         case.bits, previous, np.int64(0 if previous is None else previous.shape[1]),
         banned, np.int64(vocab if banned is not None and banned.ndim == 2 else 0),
-        *outputs, np.int32(case.staging()), memory.argument,
+        *outputs, np.int32(case.staging()),
     )  # fmt: skip
     counters = module.launch(
-        "sample_tokens_kernel", (teams or rows) * case.cluster, threads, [arguments], cooperative=bool(teams),
-        cluster=(1 if teams else case.cluster, 1, 1),
+        "sample_tokens_kernel", rows * case.cluster, threads, [arguments], cluster=(case.cluster, 1, 1),
         shared_bytes=case.bitmap_bytes + 16 * case.staging(), readonly=[logits],
         **options,
     )  # fmt: skip
@@ -107,13 +110,12 @@ def launch_sampling(
 
 
 def planned(case: SamplingCase, arch: str, clusters: bool = True) -> tuple[SamplingCase, int]:
-    """The case, and threads per block, as csrc/cuda/sample_tokens.cu launches it on a device of this architecture;
-    clusters: or teams."""
-    number = architecture(arch)
+    """The case, and threads per block, as csrc/cuda/sample_tokens.cu launches it on a device of this
+    architecture."""
     module = sampling_module(arch, case.logits)
     static = module.kernel_info("sample_tokens_kernel")["static_shared"]
-    room = SHARED_KILOBYTES[number][0] * 1024 - static - case.bitmap_bytes
-    most = 8 if clusters else 1
+    room = SHARED_KILOBYTES[architecture(arch)][0] * 1024 - static - case.bitmap_bytes
+    most = most_blocks_of_cluster(arch, clusters)
     plan = (ctypes.c_int64 * 3)()
     planner().plan_sample_tokens((ctypes.c_int64 * 4)(case.chunks(), room // 16, case.bitmap_bytes, most), plan)
     cluster, threads, staged = plan

@@ -37,8 +37,8 @@ def test_flat_rows_are_read_once(spread, dtype, rng):
         assert reads(case, threads=64, cluster=2, seed=1) < 1.05
 
 
-@pytest.mark.parametrize("arch,cluster", [("sm_80", 1), ("sm_80", 4), ("sm_100", 8)])
-def test_flat_rows_in_blocks_and_teams(arch, cluster, rng):
+@pytest.mark.parametrize("arch,cluster", [("sm_80", 1), ("sm_90", 4), ("sm_100", 8)])
+def test_flat_rows_in_blocks_and_clusters(arch, cluster, rng):
     case = adaptive(logits(rng, 2, 5003, BF16), logits(rng, 2, 5003, BF16, 1.0))
     assert reads(case, arch, threads=32, cluster=cluster, seed=2) < 1.15
 

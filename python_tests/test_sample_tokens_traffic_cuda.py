@@ -89,7 +89,7 @@ def test_two_reads_of_long_rows_without_clusters(dtype, spread, rng):
     vocab = 151936
     for rule in RULES:
         case = SamplingCase(logits(rng, 1, vocab, dtype, spread), bits=rng.integers(-(2**63), 2**63, 1), **rule)
-        case, threads = planned(case, "sm_80", clusters=False)
+        case, threads = planned(case, "sm_80")
         assert case.cluster == 1
         counters = check(case, "sm_80", threads=threads, count=True).counters
         assert counters.buffers[0].load_bytes <= 2.05 * vocab * dtype.itemsize, rule
@@ -124,8 +124,8 @@ def test_plan_of_the_launch():
     assert plan(2**20 - 1, F32, "sm_90") == (1, False)
     assert plan(262144, F32, "sm_90", clusters=False) == (1, False)
     assert plan(151936, BF16, "sm_120") == (8, True)
-    assert plan(151936, BF16, "sm_80") == (4, True)
-    assert plan(151936, BF16, "sm_86") == (8, True)
+    assert plan(50257, BF16, "sm_80") == (1, True)
+    assert plan(151936, BF16, "sm_80") == plan(50257, BF16, "sm_86") == (1, False)
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,6 @@ struct AdaptiveTerms {
   template <class Rows>
   __device__ void share(const Rows& rows) {
     scratch.unlisted.share(rows.cluster);
-    rows.cluster.expose(&scratch.listed, 1, threadIdx.x, kWarp);
-    rows.cluster.expose(scratch.list, min(scratch.listed, kListed), threadIdx.x, kWarp);
   }
 
   template <class Rows>
@@ -186,8 +184,7 @@ struct AdaptiveTerms {
         rows.cluster.to_all_blocks(&scratch.gaps, listed_gaps(rows, unlisted));
       }
       rows.cluster.synchronize();
-      const Gaps gaps = *rows.cluster.received(&scratch.gaps);
-      if (gaps.known) return gaps;
+      if (scratch.gaps.known) return scratch.gaps;
     }
     constexpr int N = Rows::N;
     rows.stage_again([](const float (&)[N], const float (&)[N], const typename Rows::Logits&) {});

@@ -97,7 +97,7 @@ constexpr int kMaxBlockWarps = 12;
 //   total()                              every thread combines the results of the blocks, from its own shared memory
 //
 // Blocks write to others and read from themselves: after the last barrier any of them may exit. One Partials serves one
-// reduction of a row.
+// reduction.
 template <class Combine>
 struct Partials {
   using Value = typename Combine::Value;
@@ -116,8 +116,7 @@ struct Partials {
   __device__ Value total(const Combine& combine, const Cluster& cluster) const {
     if (cluster.size == 1) return of_block[0];
     const int block = threadIdx.x % kMaxCluster;
-    const Value* const received = cluster.received(of_block);
-    return combine.template lanes<kMaxCluster>(block < cluster.size ? received[block] : combine.empty(received[0]));
+    return combine.template lanes<kMaxCluster>(block < cluster.size ? of_block[block] : combine.empty(of_block[0]));
   }
   // All steps of one reduction, where nothing else shares the barriers.
   __device__ Value over(const Combine& combine, Value x, const Cluster& cluster) {
@@ -151,8 +150,8 @@ struct JointPartials {
   }
   __device__ void totals(const Cluster& cluster, Values& x) const {
     const int lane = threadIdx.x % (kCount * kMaxCluster);
-    const float* const received = cluster.received(of_block[0]);
-    const float sum = lanes_apart<kCount, kCount * kMaxCluster>(lane < kCount * cluster.size ? received[lane] : 0.0f);
+    const bool filled = lane < kCount * cluster.size;
+    const float sum = lanes_apart<kCount, kCount * kMaxCluster>(filled ? of_block[0][lane] : 0.0f);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = __shfl_sync(kAllLanes, sum, i);
   }

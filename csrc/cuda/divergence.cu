@@ -1,5 +1,5 @@
 // `divergence` on CUDA: chooses the kernel of this divergence and pair of dtypes and launches one cluster of blocks per
-// row, or teams of blocks that take rows in turn.
+// row.
 #include <algorithm>
 #include <tuple>
 
@@ -16,14 +16,14 @@ DivergenceShape shape_of(const DivergenceKernel& kernel, const DivergenceCall& c
           call.gradient != nullptr, kernel.static_bytes};
 }
 
-// But for the most blocks of a row.
-DeviceLimits limits_of(const cudaFuncAttributes& kernel, const DeviceScope& device) {
+// But for the most blocks of a cluster.
+DeviceLimits limits_of(const DeviceScope& device) {
   return {device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           device.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock), 1, works_in_teams(kernel, device)};
+          device.attribute(cudaDevAttrReservedSharedMemoryPerBlock), 1};
 }
 
-DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePlan& plan, const TeamMemory& teams) {
+DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePlan& plan) {
   const DivergenceOptions& options = call.options;
   return {call.student,
           call.teacher,
@@ -49,9 +49,7 @@ DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePla
           static_cast<float>(options.beta),
           static_cast<float>(1 / options.temperature),
           static_cast<float>(options.ce_weight),
-          options.detach_mixture,
-          static_cast<int32_t>(call.rows),
-          teams};
+          options.detach_mixture};
 }
 
 // Asks the device what it takes, and readies the kernel for any plan: shared memory may grow to all that a block can
@@ -60,13 +58,13 @@ Planned<DivergencePlan> planned(const DivergenceKernel& kernel, const Divergence
                                 const DeviceScope& device) {
   cudaFuncAttributes attributes;
   STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel.function));
-  DeviceLimits limits = limits_of(attributes, device);
+  DeviceLimits limits = limits_of(device);
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       static_cast<int>(limits.block_bytes - attributes.sharedSizeBytes)));
   return planned_to_fit(kernel.function, attributes, device, [&](int64_t most) {
     limits.cluster = most;
     const DivergencePlan plan = plan_divergence(shape, limits);
-    return Planned<DivergencePlan>{plan, plan.dynamic_bytes(shape), 0};
+    return Planned<DivergencePlan>{plan, plan.dynamic_bytes(shape)};
   });
 }
 
@@ -78,8 +76,7 @@ void launch(const DivergenceKernel& kernel, const DivergenceTensors& t, const De
   const auto made = plans.of(device.index(), reinterpret_cast<const void*>(kernel.function), shape.chunks, shape.keeps,
                              [&] { return planned(kernel, shape, device); });
   check_grid(call.rows * made.plan.cluster, vocab);
-  launch_rows(kernel.function, made, call.rows, kernel.static_bytes, t.loss, device,
-              [&](const TeamMemory& teams) { return arguments_of(call, made.plan, teams); });
+  launch_rows(kernel.function, made, call.rows, arguments_of(call, made.plan), device);
 }
 
 DivergenceKernel kernel_of(const DivergenceCall& call) {

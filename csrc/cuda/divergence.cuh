@@ -2,13 +2,13 @@
 //
 //   student [R, Vs], teacher [R, Vt], float, bfloat16 or float16, any row stride -> loss [R] float, gradient [R, Vs]
 //
-// One cluster or team of blocks per row (cluster.cuh); each thread visits chunks of 16 bytes per side, strided by the
-// cluster (row_pair.cuh). Three passes: softmax statistics of both sides (online); value, G and the sum of G; gradient.
+// One cluster of blocks per row (cluster.cuh); each thread visits chunks of 16 bytes per side, strided by the cluster
+// (row_pair.cuh). Three passes: softmax statistics of both sides (online); value, G and the sum of G; gradient.
 // Between them the row lives in the shared memory of the cluster, first as logits, then as the student's logits and G,
 // so that nothing row-sized is written but the gradient, and the third pass computes one exponential per entry.
-// Bytes per entry in bf16: 4 read and 2 written where the logits fit in the cluster's shared memory (V <= 464,000 in 8
-// blocks of 227 KB, 327,000 of 163 KB, 196,000 of 99 KB); of longer rows it keeps the part that fits, and the rest is
-// read once more in each of the two later passes.
+// Bytes per entry in bf16: 4 read and 2 written where the logits fit in the cluster's shared memory (V <= 442,000 in 8
+// blocks of 227 KB, 196,000 of 99 KB; before 9.0 in one block: 39,900 of 163 KB, 24,500 of 99 KB); of longer rows it
+// keeps the part that fits, and the rest is read once more in each of the two later passes.
 #pragma once
 
 #include "divergence_members.cuh"
@@ -23,7 +23,6 @@ struct Scratch {
   JointPartials<2> terms;  // value and G
   Partials<Highest> student_highest, teacher_highest;
   MetricsScratch metrics;
-  TeamTurn turn;
 };
 
 // All static shared memory of a block.
@@ -117,7 +116,7 @@ __device__ RowSoftmaxes row_softmaxes(const RowPair<T>& rows, const DivergenceAr
     sums.teacher.add(teacher_logits, scales.own);
     watch.add(teacher);
   });
-  rows.cluster.await_start();
+  rows.cluster.wait();
   Origins origins{0, 0};
   Look look = scales.own_unit ? Look::kUnit : Look::kNone;
 #pragma unroll 1  // one copy of the walk serves all of its uses
@@ -245,11 +244,16 @@ __device__ void finish_row(const RowPair<T>& rows, const DivergenceArguments& a,
   output.clear_beyond_vocab();
 }
 
-// Returns whether the blocks of the cluster have met at a barrier.
+// Member: of divergence_members.cuh. T: the dtype of both sides, or AnyElement where they have two.
+// Blocks of whole warps, in clusters of a power of two; grid.x = rows * blocks of a cluster; dynamic shared memory of
+// (staged_turns * RowPair::kSlotBytes + kept_turns * RowPair::kKeptBytes) * threads of a block.
 template <class Member, class T>
-__device__ __forceinline__ bool divergence_of_row(const DivergenceArguments& a, int row, const Cluster& cluster,
-                                                  MemberScratch<Member>& scratch, float4* slots) {
+__global__ void __launch_bounds__(kMaxBlockThreads, 1) divergence_kernel(const DivergenceArguments a) {
   using Rows = RowPair<T>;
+  __shared__ MemberScratch<Member> scratch;
+  extern __shared__ float4 slots[];
+  const Cluster cluster = Cluster::current();
+  const int row = cluster.row();
   const typename Rows::Row student(a.student, a.student_rows.offset(row), a.student_vocab, a.student_type);
   const typename Rows::Row teacher(a.teacher, a.teacher_rows.offset(row), a.teacher_vocab, a.teacher_type);
   const OutputRow<T, Rows::N> gradient(a.gradient, a.gradient_rows.offset(row), a.student_type);
@@ -259,33 +263,15 @@ __device__ __forceinline__ bool divergence_of_row(const DivergenceArguments& a, 
   const RowInputs in = RowInputs::of(a, row);
   const bool skipped = in.skipped(a);
   if (skipped || !in.legal(a) || !TermsOf<Member>::legal(in.parameters)) {
-    output.fill(skipped ? 0.0f : CUDART_NAN_F);
-    return false;
+    return output.fill(skipped ? 0.0f : CUDART_NAN_F);
   }
-  cluster.announce_start();
+  cluster.arrive();
   const Rows rows(student, teacher, cluster, phase, slots, a.staged_turns, a.kept_turns);
   typename TermsOf<Member>::template Watch<typename Rows::Stored> watch;
   const RowSoftmaxes softmaxes = row_softmaxes(rows, a, watch, scratch);
-  if (!softmaxes.legal) {
-    output.fill(CUDART_NAN_F);
-    return true;
-  }
+  if (!softmaxes.legal) return output.fill(CUDART_NAN_F);
   TermsOf<Member> terms(softmaxes, in.parameters, watch.logit(), scratch.member);
   finish_row(rows, a, in, softmaxes, terms, scratch, output);
-  return true;
-}
-
-// Member: of divergence_members.cuh. T: the dtype of both sides, or AnyElement where they have two.
-// Blocks of whole warps, in clusters of a power of two, or in teams; grid.x = rows * blocks of a cluster, or teams *
-// blocks of a team; dynamic shared memory of (staged_turns * RowPair::kSlotBytes + kept_turns * RowPair::kKeptBytes) *
-// threads of a block.
-template <class Member, class T>
-__global__ void __launch_bounds__(kMaxBlockThreads, 1) divergence_kernel(const DivergenceArguments a) {
-  __shared__ MemberScratch<Member> scratch;
-  extern __shared__ float4 slots[];
-  each_row_of_cluster(a.teams, a.rows, scratch, [&](int row, const Cluster& cluster) {
-    return divergence_of_row<Member, T>(a, row, cluster, scratch, slots);
-  });
 }
 
 }  // namespace distillm

@@ -19,8 +19,7 @@ struct DeviceLimits {
   int64_t block_bytes;           // most shared memory of a block
   int64_t multiprocessor_bytes;  // of all blocks on a multiprocessor
   int64_t reserved_bytes;        // of it that every block costs beside its own
-  int64_t cluster;               // most blocks of a cluster or team, 1 without either
-  bool teams;                    // whether it is teams (cluster.cuh)
+  int64_t cluster;               // most blocks of a cluster, 1 without clusters
 };
 
 struct DivergencePlan {
@@ -68,33 +67,12 @@ inline bool keeps_most(const DivergenceShape& shape, const DivergencePlan& p) {
   return stages_all(shape, p) && (!shape.keeps || 2 * p.kept_turns >= p.staged_turns);
 }
 
-inline DivergencePlan alone_or_in_team(const DivergenceShape& shape, const DeviceLimits& device) {
-  for (const int64_t blocks : {6, 4, 2}) {
-    const DivergencePlan p = with_blocks(shape, device, 1, blocks);
-    if (keeps_all(shape, p)) return p;
-  }
-  const DivergencePlan halved = with_blocks(shape, device, 1, 2), whole = with_blocks(shape, device, 1, 1);
-  if (stages_all(shape, halved)) return halved;
-  if (stages_all(shape, whole)) return whole;
-  for (const int64_t blocks : {2, 1}) {
-    for (int64_t team = 2; team <= device.cluster; team *= 2) {
-      const DivergencePlan p = with_blocks(shape, device, team, blocks);
-      if (stages_all(shape, p)) return p;
-    }
-  }
-  return with_blocks(shape, device, device.cluster, 1);
-}
-
 }  // namespace plan
 
 // The smallest cluster in whose shared memory the whole row can be kept while another block has room on each
 // multiprocessor: one loads while the other computes. Rows too long for that take the largest cluster, and a
 // multiprocessor per block only where otherwise the logits would not fit, or most of G would be computed twice.
-//
-// A team's barrier goes through global memory: there blocks stay alone wherever one can stage the whole row, and a team
-// is as small as staging the row allows.
 inline DivergencePlan plan_divergence(const DivergenceShape& shape, const DeviceLimits& device) {
-  if (device.teams) return plan::alone_or_in_team(shape, device);
   for (int64_t cluster = 1; cluster <= device.cluster; cluster *= 2) {
     for (const int64_t blocks : {6, 4, 2}) {
       const DivergencePlan p = plan::with_blocks(shape, device, cluster, blocks);

@@ -29,8 +29,6 @@ struct DivergenceArguments {
   int64_t ignore_index;
   float alpha, beta, inverse_temperature, ce_weight;
   int32_t detach_mixture;
-  int32_t rows;
-  TeamMemory teams;
 };
 
 // Maps a logit to its base-2 log-probability, (z - reference) * scale - rest. The reference is the logarithm of the sum

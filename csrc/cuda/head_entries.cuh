@@ -167,7 +167,7 @@ struct RowEntries {
     RunningDigit running{scratch.histogram.own};
     count([&](int digit, Mass amount) { running.add(digit, amount); });
     running.flush();
-    rows.cluster.synchronize_exposing(scratch.histogram.own, kDigits + 1);
+    rows.cluster.synchronize();
     for (int digit = threadIdx.x; digit <= kDigits; digit += blockDim.x) {
       Mass total = 0;
       for (int block = 0; block < rows.cluster.size; ++block) {

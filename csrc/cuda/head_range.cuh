@@ -81,7 +81,7 @@ struct HeadRangeSearch {
     const int step = min(max(static_cast<int>(-kSteps * log2_p), 0), kDigits - 1);
     atomicAdd(&scratch.largest.masses[step], static_cast<unsigned>(exp2_fast(log2_p) * kUnit));
     atomicAdd(&scratch.largest.counts[step], 1u);
-    rows.cluster.synchronize_exposing(words, 2 * kDigits);
+    rows.cluster.synchronize();
   }
 
   // By one warp, like all that follows but count_entries.
@@ -147,7 +147,7 @@ struct HeadRangeSearch {
 #pragma unroll
       for (int i = 0; i < N; ++i) count_one(saturating_fma(teacher_logits[i], slope, at_zero));
     });
-    rows.cluster.synchronize_exposing(scratch.bins, kBins);
+    rows.cluster.synchronize();
   }
   __device__ static float saturating_fma(float x, float y, float z) {
     float result;

@@ -122,7 +122,7 @@ __device__ void locate(const SampleRow<T>& row, SearchScratch& scratch, const Me
 template <class T>
 __device__ void digit_histogram(const SampleRow<T>& row, ClusterScratch scratch, int shift, const Measure& measure) {
   constexpr int N = SampleRow<T>::N;
-  for (int i = threadIdx.x; row.cluster.rank == 0 && i < kDigits; i += blockDim.x) scratch.outbox().sums[i] = 0;
+  for (int i = threadIdx.x; row.cluster.rank == 0 && i < kDigits; i += blockDim.x) scratch.own.sums[i] = 0;
   row.cluster.synchronize();
   const auto visit = [&](int first, float (&z)[N]) {
 #pragma unroll
@@ -164,16 +164,15 @@ struct Goal {
 };
 
 // The leader's share of a radix step: the digit that completes the target. Target and the sum above are its own.
-__device__ __forceinline__ void choose_digit(ClusterScratch scratch, const Goal& goal, int tiles, bool first,
+__device__ __forceinline__ void choose_digit(SearchScratch& scratch, const Goal& goal, int tiles, bool first,
                                              unsigned long long& target, unsigned long long& above) {
-  scratch.take_sums(kDigits);
-  sum_segments<kDigits>(scratch.own.sums, scratch.own);
+  sum_segments<kDigits>(scratch.sums, scratch);
   __syncthreads();
-  if (first) target = goal.target(histogram_total(scratch.own));
-  const Digit found = find_digit<kDigits>(scratch.own.sums, scratch.own, target - 1 - above);
+  if (first) target = goal.target(histogram_total(scratch));
+  const Digit found = find_digit<kDigits>(scratch.sums, scratch, target - 1 - above);
   above += found.above;
-  if (threadIdx.x == 0) scratch.outbox().digit = found.digit;
-  clear_list(scratch.outbox(), tiles);
+  if (threadIdx.x == 0) scratch.digit = found.digit;
+  clear_list(scratch, tiles);
 }
 
 // The filter's threshold among those kept so far: three digits of the key, a pass each; after the first a list of the
@@ -188,7 +187,7 @@ __device__ Kept row_threshold(const SampleRow<T>& row, ClusterScratch scratch, T
 #pragma unroll 1
   for (int step = 0, shift = 21; step < 3 && !listed; ++step, shift = step == 1 ? 10 : 0) {
     digit_histogram(row, scratch, shift, measure);
-    if (leads) choose_digit(scratch, goal, row.tiles, step == 0, target, above);
+    if (leads) choose_digit(scratch.own, goal, row.tiles, step == 0, target, above);
     row.cluster.synchronize();
     measure.inside.digits |= static_cast<uint32_t>(scratch.lead.digit) << shift;
     measure.inside.mask = ~0u << shift;
@@ -199,7 +198,6 @@ __device__ Kept row_threshold(const SampleRow<T>& row, ClusterScratch scratch, T
   Kept kept{measure.inside.digits, 0};
   if (listed) {
     if (leads) {
-      scratch.take_list(row.tiles);
       weigh_list(scratch.own, tempering);
       kept = complete_in_list(scratch.own, goal.by_mass, above, target);
     }
@@ -209,12 +207,11 @@ __device__ Kept row_threshold(const SampleRow<T>& row, ClusterScratch scratch, T
     measure.by_mass = false;
     sum_tiles(row, scratch.lead, measure);
     if (leads) {
-      scratch.take_sums(row.tiles);
       locate(row, scratch.own, measure, false, (target - above + each - 1) / each - 1);
       kept.last_id = scratch.own.answer;
     }
   }
-  if (leads && threadIdx.x == 0) scratch.outbox().kept = kept;
+  if (leads && threadIdx.x == 0) scratch.own.kept = kept;
   row.cluster.synchronize();
   return scratch.lead.kept;
 }

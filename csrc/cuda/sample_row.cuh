@@ -26,7 +26,6 @@ constexpr int kTileChunks = kLaneChunks * kWarp;
 struct SampleArguments {
   SampleCall call;
   int32_t staged_chunks;  // that a block's dynamic shared memory has room for, after the bitmaps
-  TeamMemory teams;
 };
 
 // 32-bit words of the two bitmaps, a multiple of 16 bytes.
@@ -195,14 +194,13 @@ struct SampleRow {
     }
   }
 
-  // The same for this lane's j-th chunk of any tile, whichever block of the cluster stages it. What another block of a
-  // team stages is read from memory.
+  // The same for this lane's j-th chunk of any tile, whichever block of the cluster stages it.
   template <class VisitChunk>
   __device__ void visit_one(int tile, int j, VisitChunk&& visit_chunk) const {
-    const int own = slot(tile / cluster.size, j), in_row = slot(tile, j), block = tile % cluster.size;
-    const bool near = own < staged && cluster.reaches_all_of(block);
-    visit_unpacked(near ? load_aligned<T, N>(cluster.shared_of(slots + own, block)) : load_from_memory(in_row), in_row,
-                   visit_chunk);
+    const int own = slot(tile / cluster.size, j), in_row = slot(tile, j);
+    visit_unpacked(own < staged ? load_aligned<T, N>(cluster.in_block(slots + own, tile % cluster.size))
+                                : load_from_memory(in_row),
+                   in_row, visit_chunk);
   }
 
  private:

@@ -1,8 +1,7 @@
 // Integer searches of `sample_tokens` over shared memory: a digit of a histogram, a position in the tiles of a row, a
 // threshold among listed candidates. Sums of integers only: the result does not depend on the order of threads.
 //
-// All blocks of a row's cluster add to the memory of the first one, the leader, which alone searches there. In a team
-// they add to the leader's mailbox, which it empties into its own memory before it searches.
+// All blocks of a row's cluster add to the memory of the first one, the leader, which alone searches there.
 #pragma once
 
 #include <cstddef>
@@ -60,52 +59,11 @@ struct SearchScratch {
 };
 static_assert(offsetof(SearchScratch, segment) >= kBins * sizeof(uint32_t), "the bins fit");
 
-// A block's own scratch, and what all blocks share: the leader's, where that knows its own to be near, or in a team its
-// mailbox.
+// A block's own scratch and the leader's. In the leader they are the same; what only the leader does goes by its own,
+// which the compiler knows to be near.
 struct ClusterScratch {
   SearchScratch& own;
   SearchScratch& lead;
-
-  bool apart;  // of a team
-
-  // `lead` for the leader to write to, near where it is its own.
-  __device__ SearchScratch& outbox() const {
-#if __CUDA_ARCH__ >= 900
-    return own;
-#else
-    return lead;
-#endif
-  }
-
-  // By the leader after a barrier of the cluster: takes over so many sums, or the list of a row of so many tiles.
-  __device__ void take_sums(int count) const {
-    if (!apart) return;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) own.sums[i] = lead.sums[i];
-    __syncthreads();
-  }
-  __device__ void take_list(int tiles) const {
-    if (!apart) return;
-    for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) own.overflow[tile] = lead.overflow[tile];
-    for (int i = threadIdx.x; i < min(lead.listed, kListed); i += blockDim.x) {
-      own.key[i] = lead.key[i];
-      own.id[i] = lead.id[i];
-    }
-    if (threadIdx.x == 0) take_numbers();
-    __syncthreads();
-  }
-
- private:
-  __device__ void take_numbers() const {
-    own.above = lead.above;
-    own.within = lead.within;
-    own.count = lead.count;
-    own.listed = lead.listed;
-    own.lowest = lead.lowest;
-    own.highest = lead.highest;
-    own.answer = lead.answer;
-    own.by_count = lead.by_count;
-    own.by_mass = lead.by_mass;
-  }
 };
 
 // The first lane at which the running sum of a warp, on top of `before`, exceeds `point`; -1 where none does. `before`

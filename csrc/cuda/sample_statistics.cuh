@@ -16,7 +16,6 @@ struct SampleScratch {
   ExpSum raw_of_block[kMaxCluster];
   float maximum_of_block[kMaxCluster], first_of_block[kMaxCluster];
   SearchScratch search;
-  TeamTurn turn;
 };
 
 struct RowStatistics {
@@ -40,8 +39,7 @@ __device__ __forceinline__ float cluster_max(float x, float (&of_block)[kMaxClus
   if (cluster.size == 1) return x;
   if (threadIdx.x < kWarp) cluster.to_all_blocks(of_block + cluster.rank, x);
   cluster.synchronize();
-  const float* const received = cluster.received(of_block);
-  for (int block = 0; block < cluster.size; ++block) x = fmaxf(x, received[block]);
+  for (int block = 0; block < cluster.size; ++block) x = fmaxf(x, of_block[block]);
   return x;
 }
 
@@ -56,10 +54,6 @@ __device__ __forceinline__ Range block_range(Range x, SampleScratch& scratch) {
 template <class T>
 __device__ Binning binning_of(const SampleRow<T>& row, float scale, SampleScratch& scratch) {
   for (int i = threadIdx.x; i < kBins; i += blockDim.x) scratch.search.bins()[i] = 0;
-  if (row.cluster.is_team() && row.cluster.rank == 0) {
-    uint32_t* const shared = row.cluster.in_block(scratch.search.bins(), 0);
-    for (int i = threadIdx.x; i < kBins; i += blockDim.x) shared[i] = 0;
-  }
   const Range range = block_range(row.staged_whole() ? row.range_of_first() : row.range_of_sample(), scratch);
   const float high = fmaxf(cluster_max(range.high, scratch.first_of_block, row.cluster), -CUDART_MAX_NORMAL_F);
   return Binning::of(high, scale, row.cluster.size == 1 ? high - range.low : CUDART_INF_F);
@@ -76,13 +70,9 @@ __device__ __forceinline__ RowStatistics combine_blocks(RowStatistics own, bool 
   }
   if (threadIdx.x < kWarp) cluster.to_all_blocks(scratch.raw_of_block + cluster.rank, own.raw);
   const float maximum = cluster_max(own.maximum, scratch.maximum_of_block, cluster);
-  if (counted && cluster.is_team() && cluster.rank == 0) {
-    for (int i = threadIdx.x; i < kBins; i += blockDim.x) own_bins[i] += bins[i];
-    __syncthreads();
-  }
-  const ExpSum* const received = cluster.received(scratch.raw_of_block);
-  ExpSum raw = received[0];
-  for (int block = 1; block < cluster.size; ++block) raw = raw.with(received[block], static_cast<float>(kLog2E));
+  const ExpSum(&of_block)[kMaxCluster] = scratch.raw_of_block;
+  ExpSum raw = of_block[0];
+  for (int block = 1; block < cluster.size; ++block) raw = raw.with(of_block[block], static_cast<float>(kLog2E));
   return {raw, maximum};
 }
 

@@ -1,4 +1,4 @@
-// `sample_tokens` on CUDA: one block per row, or a cluster or team of blocks where one has not room for the row.
+// `sample_tokens` on CUDA: one block per row, or a cluster of blocks where one has not room for the row.
 #include "../ops/sample_tokens.h"
 #include "cluster_launch.h"
 #include "plan_cache.h"
@@ -43,7 +43,7 @@ Planned<SamplePlan> planned(const SampleKernel& kernel, int64_t chunks, int64_t 
       cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic)));
   return planned_to_fit(kernel.function, attributes, device, [&](int64_t most) {
     const SamplePlan plan = plan_sample(chunks, (dynamic - bitmaps) / 16, bitmaps, most);
-    return Planned<SamplePlan>{plan, plan.dynamic_bytes(bitmaps), 0};
+    return Planned<SamplePlan>{plan, plan.dynamic_bytes(bitmaps)};
   });
 }
 
@@ -55,9 +55,8 @@ void launch(const SampleTensors& t, const DeviceScope& device) {
   const auto made = plans.of(device.index(), reinterpret_cast<const void*>(kernel.function), chunks, bitmaps,
                              [&] { return planned(kernel, chunks, bitmaps, device); });
   check_grid(t.call.rows * made.plan.cluster, t.call.vocab);
-  launch_rows(kernel.function, made, t.call.rows, sizeof(SampleScratch), t.token, device, [&](const TeamMemory& teams) {
-    return SampleArguments{t.call, static_cast<int32_t>(made.plan.staged_chunks), teams};
-  });
+  const SampleArguments arguments{t.call, static_cast<int32_t>(made.plan.staged_chunks)};
+  launch_rows(kernel.function, made, t.call.rows, arguments, device);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(

@@ -10,7 +10,7 @@
 // A list (up to 1024) that is too short for its entries, unless they are all equal (sample_ties.cuh), or a bracket that
 // missed: the threshold by radix search (sample_filter.cuh), 2 to 5 passes per filter.
 // Neither weights nor a sorted row nor a mask is ever written. Each logit is read from memory once where the row fits
-// in the shared memory of a block, a cluster or a team (fp32: V <= 390,000 at 227 KB per block);
+// in the shared memory of a block or, from compute capability 9.0 on, of a cluster (fp32: V <= 390,000 at 227 KB);
 // of longer rows the first part is kept there and the rest is read once per pass: twice in all, but for the search.
 //
 // Masses are 64-bit integers (math/token_mass.h): the token is the CPU kernel's, bit for bit.
@@ -75,8 +75,7 @@ __device__ Kept search_threshold(const SampleRow<T>& row, const SamplingRule& ru
 // of top-k serves for both.
 __device__ __forceinline__ void open_brackets(const SamplingRule& rule, Counted counted, bool limits_count,
                                               const Binning& binning, float maximum, int tiles,
-                                              ClusterScratch cluster_scratch) {
-  SearchScratch &scratch = cluster_scratch.own, &lead = cluster_scratch.outbox();
+                                              SearchScratch& scratch) {
   Bracket by_count{0u, 0u};
   int last = 0;
   float share = 1;
@@ -99,13 +98,13 @@ __device__ __forceinline__ void open_brackets(const SamplingRule& rule, Counted 
     by_mass = bracket_of_mass(scratch, binning, masses, whole, rule.top_p);
   }
   __syncthreads();  // the list lies over the bins
-  clear_list(lead, tiles);
-  for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) lead.sums[tile] = 0;
+  clear_list(scratch, tiles);
+  for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) scratch.sums[tile] = 0;
   if (threadIdx.x > 0) return;
-  lead.by_count = by_count;
-  lead.by_mass = {by_mass.low, max(by_mass.high, by_count.high)};
-  lead.count = 0;
-  lead.above = lead.within = 0;
+  scratch.by_count = by_count;
+  scratch.by_mass = {by_mass.low, max(by_mass.high, by_count.high)};
+  scratch.count = 0;
+  scratch.above = scratch.within = 0;
 }
 
 // Pass 2 over the listed entries alone. False where they are too many.
@@ -115,7 +114,6 @@ __device__ bool draw_among_listed(const SampleRow<T>& row, const SamplingRule& r
   list_candidates(row, scratch.lead, {{scratch.lead.by_count.low, INT32_MAX}, 0u, 0u});
   const bool all = scratch.lead.listed <= kListed;
   if (all && row.cluster.rank == 0) {
-    scratch.take_list(row.tiles);
     weigh_list(scratch.own, tempering);
     draw_from_list(rule, scratch.own);
   }
@@ -128,13 +126,8 @@ __device__ bool filter_by_brackets(const SampleRow<T>& row, const SamplingRule& 
                                    Tempering tempering, bool listed, ClusterScratch scratch) {
   if (!listed) bracket_pass(row, scratch.lead, tempering, rule.min_p, scratch.lead.by_count, scratch.lead.by_mass);
   if (row.cluster.rank == 0) {
-    scratch.take_sums(row.tiles);
-    scratch.take_list(row.tiles);
     const bool resolved = resolve_brackets(row, rule, limits_count, tempering, scratch.own);
-    if (threadIdx.x == 0) {
-      if (scratch.apart) scratch.lead.kept = scratch.own.kept;
-      scratch.outbox().resolved = resolved;
-    }
+    if (threadIdx.x == 0) scratch.own.resolved = resolved;
   }
   row.cluster.synchronize();
   return scratch.lead.resolved;
@@ -146,7 +139,7 @@ __device__ void filter_and_draw(const SampleRow<T>& row, const SamplingRule& rul
                                 const Binning& binning, Tempering tempering, ClusterScratch scratch) {
   const bool limits_count = rule.limits_count(row.vocab), leads = row.cluster.rank == 0;
   if (counted != Counted::kNothing) {
-    if (leads) open_brackets(rule, counted, limits_count, binning, tempering.maximum, row.tiles, scratch);
+    if (leads) open_brackets(rule, counted, limits_count, binning, tempering.maximum, row.tiles, scratch.own);
     row.cluster.synchronize();
   }
   const bool lists = counted == Counted::kChunkMaxima;
@@ -157,7 +150,6 @@ __device__ void filter_and_draw(const SampleRow<T>& row, const SamplingRule& rul
   } else {
     measure.inside.within = search_threshold(row, rule, limits_count, tempering, scratch);
     sum_tiles(row, scratch.lead, measure);
-    if (leads) scratch.take_sums(row.tiles);
   }
   if (leads) locate(row, scratch.own, measure, true, rule.bits);
 }
@@ -166,7 +158,7 @@ template <class T>
 __device__ void take_maximum(const SampleRow<T>& row, float maximum, ClusterScratch scratch) {
   constexpr int N = SampleRow<T>::N;
   if (row.cluster.thread() == 0) {
-    scratch.outbox().answer = INT32_MAX;
+    scratch.own.answer = INT32_MAX;
     scratch.own.part = scratch.own.total = 1;
   }
   row.cluster.synchronize();
@@ -178,7 +170,6 @@ __device__ void take_maximum(const SampleRow<T>& row, float maximum, ClusterScra
   };
   row.visit(visit, [](int) {});
   row.cluster.synchronize();
-  if (scratch.apart && row.cluster.thread() == 0) scratch.own.answer = scratch.lead.answer;
 }
 
 template <class T>
@@ -198,55 +189,44 @@ __device__ __forceinline__ void write_no_token(const SampleCall& call, int64_t i
   call.valid[index] = false;
 }
 
-// Returns whether the blocks of the cluster have met at a barrier.
+// Blocks of whole warps, in clusters; grid.x = rows * blocks of a cluster; dynamic shared memory: the bitmaps where
+// there are lists, then 16 bytes per staged chunk.
 template <class T>
-__device__ __forceinline__ bool sample_row(const SampleArguments& a, int index, const Cluster& cluster,
-                                           SampleScratch& scratch, uint4* dynamic_shared) {
+__global__ void __launch_bounds__(kSampleThreads, 1) sample_tokens_kernel(const SampleArguments a) {
+  __shared__ SampleScratch scratch;
+  extern __shared__ uint4 dynamic_shared[];
+  const Cluster cluster = Cluster::current();
+  const int index = cluster.row();
   if (threadIdx.x == 0) scratch.rule = rule_of(a.call, index);
   __syncthreads();
   const SamplingRule& rule = scratch.rule;
   const bool writes = cluster.thread() == 0;
   if (!rule.legal()) {
     if (writes) write_no_token(a.call, index);
-    return false;
+    return;
   }
-  cluster.announce_start();
+  cluster.arrive();
   const SampleRow<T> row(a, index, rule.penalty, cluster, dynamic_shared);
   row.read_lists(a.call, index);
   const float scale = tempering_scale(rule.temperature);
   const Counted counted = counted_by<SampleRow<T>::N>(rule, rule.limits_count(row.vocab));
-  cluster.await_start();
+  cluster.wait();
   Binning binning{0.0f, scale, kBinsPerOctave};
   if (counted != Counted::kNothing) binning = binning_of(row, scale, scratch);
   const RowStatistics statistics = row_statistics(row, counted, binning, scratch);
   if (!(statistics.raw.sum > 0) || !(statistics.maximum > -CUDART_INF_F)) {
     if (writes) write_no_token(a.call, index);
-    return true;
+    return;
   }
   if (threadIdx.x == 0) scratch.row_raw = statistics.raw;
-  const ClusterScratch search{scratch.search, *cluster.in_block(&scratch.search, 0), cluster.is_team()};
+  const ClusterScratch search{scratch.search, *cluster.in_block(&scratch.search, 0)};
   if (rule.greedy()) {
     take_maximum(row, statistics.maximum, search);
   } else {
     filter_and_draw(row, rule, counted, binning, {statistics.maximum, scale}, search);
   }
   if (writes) write_token(a.call, index, row, scratch.row_raw, scratch.search);
-  return true;
-}
-
-// Blocks of whole warps, in clusters, or in teams; grid.x = rows * blocks of a cluster, or teams * blocks of a team;
-// dynamic shared memory: the bitmaps where there are lists, then 16 bytes per staged chunk.
-template <class T>
-__global__ void __launch_bounds__(kSampleThreads, 1) sample_tokens_kernel(const SampleArguments a) {
-  __shared__ SampleScratch scratch;
-  extern __shared__ uint4 dynamic_shared[];
-  each_row_of_cluster(a.teams, static_cast<int>(a.call.rows), scratch, [&](int index, const Cluster& cluster) {
-    const bool met = sample_row<T>(a, index, cluster, scratch, dynamic_shared);
-#if __CUDA_ARCH__ >= 900
-    if (met && cluster.size > 1) cluster.synchronize();  // until then the leader reads what other blocks stage
-#endif
-    return met;
-  });
+  if (cluster.size > 1) cluster.synchronize();  // until then the leader reads what other blocks stage
 }
 
 }  // namespace distillm

@@ -7,7 +7,7 @@ using namespace distillm;
 // shape, device, plan: the fields of DivergenceShape, DeviceLimits and DivergencePlan in order.
 extern "C" void plan(const int64_t* shape, const int64_t* device, int64_t* out) {
   const DivergencePlan p = plan_divergence({shape[0], shape[1], shape[2], shape[3] != 0, shape[4]},
-                                           {device[0], device[1], device[2], device[3], device[4] != 0});
+                                           {device[0], device[1], device[2], device[3]});
   out[0] = p.cluster, out[1] = p.threads, out[2] = p.staged_turns, out[3] = p.kept_turns;
 }
 

@@ -97,8 +97,7 @@ class _Launch(ctypes.Structure):
         ("kernel", ctypes.c_uint32), ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3),
         ("cluster", ctypes.c_uint32 * 3), ("shared_bytes", ctypes.c_uint32),
         ("param_bytes", ctypes.c_uint32), ("range_count", ctypes.c_uint32),
-        ("check_races", ctypes.c_uint32), ("cooperative", ctypes.c_uint32),
-        ("params", ctypes.c_void_p),
+        ("check_races", ctypes.c_uint32), ("params", ctypes.c_void_p),
         ("ranges", ctypes.POINTER(_Range)), ("seed", ctypes.c_uint64),
         ("timeout", ctypes.c_double), ("thread_counts", ctypes.c_void_p),
         ("warp_counts", ctypes.c_void_p), ("sites", ctypes.c_void_p),
@@ -449,21 +448,17 @@ class Simulator:
         count: bool = True,
         check_races: bool = True,
         timeout: float = 600.0,
-        cooperative: bool = False,
     ) -> Counters:
         """Runs a kernel to its end and updates the array arguments in place.
 
         `shared_bytes` is dynamic shared memory. `readonly` names arrays (from `args`) that the
         kernel must not write. Seed 0 runs threads in order, any other seed is a random schedule.
-        `cooperative`: all blocks run together and may wait for each other.
         If the kernel fails, KernelError is raised and no array has changed.
         """
         if _tsan():  # watches the kernel's accesses alone
             count = check_races = False
         info = self.kernel_info(name)
         shape = _Shape.check(info, self._info["target"], grid, block, cluster, shared_bytes)
-        if cooperative and int(np.prod(shape.cluster)) > 1:
-            raise ValueError(f"a cooperative launch with clusters of {shape.cluster} is not supported")
         parameters = info["parameters"]
         if len(args) != len(parameters):
             raise TypeError(f"{info['name']} takes {len(parameters)} arguments, not {len(args)}")
@@ -490,7 +485,7 @@ class Simulator:
         launch = _Launch(
             kernel=self._info["kernels"].index(info), grid=shape.grid, block=shape.block,
             cluster=shape.cluster, shared_bytes=shape.shared_bytes, param_bytes=size,
-            range_count=len(ranges), check_races=int(check_races), cooperative=int(cooperative),
+            range_count=len(ranges), check_races=int(check_races),
             params=params.ctypes.data + start, ranges=ranges, seed=seed, timeout=timeout,
             thread_counts=thread_counts.ctypes.data, warp_counts=warp_counts.ctypes.data,
             sites=site_counts.ctypes.data, error=ctypes.pointer(error),
