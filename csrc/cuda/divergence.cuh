@@ -8,7 +8,8 @@
 // so that nothing row-sized is written but the gradient, and the third pass computes one exponential per entry.
 // Bytes per entry in bf16: 4 read and 2 written where the logits fit in the cluster's shared memory (V <= 464,000 in 8
 // blocks of 227 KB, 327,000 of 163 KB, 196,000 of 99 KB); of longer rows it keeps the part that fits, and the rest is
-// read once more in each of the two later passes.
+// read once more in each of the two later passes. adaptive_kl looks at the teacher's logits a few times more, between
+// the first pass and the second (adaptive_head.cuh).
 #pragma once
 
 #include "divergence_members.cuh"
