@@ -24,8 +24,8 @@ from ptx_kernels import (  # noqa: E402
     launch_planned,
     occupancy,
     plan_launch,
-    ptxas_report,
 )
+from ptx_resources import ptxas_report  # noqa: E402
 
 __all__ = ["CounterRow", "cuda_counters", "ptxas_report", "publish_all"]
 

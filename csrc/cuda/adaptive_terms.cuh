@@ -24,7 +24,7 @@ struct AdaptiveTerms {
   float mu;
   HeadBoundary head;
   float head_gap, tail_gap;  // sum |p - q| over this thread's entries
-  float share_of_reverse;
+  float share_of_forward, share_of_reverse;
   bool infinite;  // whether this thread has seen an entry of -inf
   Scratch& scratch;
 
@@ -36,6 +36,7 @@ struct AdaptiveTerms {
         head(HeadBoundary::everything()),
         head_gap(0),
         tail_gap(0),
+        share_of_forward(0),
         share_of_reverse(0),
         infinite(false),
         scratch(scratch) {}
@@ -93,9 +94,10 @@ struct AdaptiveTerms {
   __device__ Term<float> result(const Cluster& cluster, const Term<float>& sum) {
     float gaps[2];
     scratch.gaps.totals(cluster, gaps);
+    share_of_forward = adaptive_share(gaps[1], gaps[0]);  // not 1 less the other, which may have few digits
     share_of_reverse = adaptive_share(gaps[0], gaps[1]);
     // A direction without a share is left out: it may be infinite.
-    const float forward = share_of_reverse < 1 ? (1 - share_of_reverse) * sum.value : 0;
+    const float forward = share_of_forward > 0 ? share_of_forward * sum.value : 0;
     const float reverse = share_of_reverse > 0 ? share_of_reverse * sum.g : 0;
     const float nats = static_cast<float>(kLn2);
     return {nats * (forward + reverse), nats * reverse};
@@ -104,7 +106,7 @@ struct AdaptiveTerms {
   template <int N>
   __device__ void gradient(const float (&student_logits)[N], const float (&log2_p)[N], float g_scale, float q_scale,
                            float (&out)[N]) const {
-    const float of_forward = -g_scale * (1 - share_of_reverse);
+    const float of_forward = -g_scale * share_of_forward;
     const float of_reverse = -g_scale * share_of_reverse * static_cast<float>(kLn2);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
