@@ -24,8 +24,8 @@ from ptx_kernels import (  # noqa: E402
     launch_planned,
     occupancy,
     plan_launch,
-    ptxas_report,
 )
+from ptx_resources import ptxas_report  # noqa: E402
 
 __all__ = ["CounterRow", "cuda_counters", "ptxas_report", "publish_all"]
 
@@ -33,7 +33,7 @@ VOCABULARIES = (32000, 50257, 128256, 151936)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 MODELLED_ROWS = 4096
-# Standard deviations of the logits; adaptive_kl works otherwise on flat rows, where thousands of entries are the head.
+# Standard deviations of the logits; on flat rows adaptive_kl counts more entries, and more of them alike.
 SPREAD = 3.0
 SPREADS = {"adaptive_kl": (SPREAD, 1.0, 0.1)}
 # Beside the H100: one block per row where there are no clusters, smaller shared memory, more bandwidth per instruction.

@@ -15,8 +15,6 @@ namespace distillm {
 
 struct BlendedTerms {
   using Scratch = Partials<Highest>;
-  template <class Stored>
-  using Watch = NoWatch;
   static constexpr float kSmallestSum = 9.094947e-13f;  // 2^-40: what underflows below 2^-126 is then below 2^-86 of it
   Softmax q, p;
   float t, student_scale, teacher_scale, rest;
@@ -26,7 +24,7 @@ struct BlendedTerms {
   Scratch& scratch;
 
   __device__ static bool legal(const RowParameters<float>& row) { return in_unit_interval(row.alpha); }
-  __device__ BlendedTerms(const RowSoftmaxes& softmaxes, const RowParameters<float>& row, float, Scratch& scratch)
+  __device__ BlendedTerms(const RowSoftmaxes& softmaxes, const RowParameters<float>& row, Scratch& scratch)
       : q(softmaxes.q),
         p(softmaxes.p),
         t(row.alpha),
@@ -87,25 +85,23 @@ struct BlendedTerms {
   }
 
   __device__ void publish() const {}
-  template <class Rows>
-  __device__ void share(const Rows&) const {}
+  __device__ void share(const Cluster&) const {}
 
+  __device__ bool inexact(const Term<float>& sum) const { return sum.g < kSmallestSum; }
   template <class Rows>
-  __device__ bool revise(const Rows& rows, Term<float>& sum) {
-    if (sum.g < kSmallestSum && !repeated) {
-      constexpr int N = Rows::N;
-      float largest = -FLT_MAX;
-      rows.stage_again(
-          [&](const float (&student_logits)[N], const float (&teacher_logits)[N], const typename Rows::Logits&) {
+  __device__ void restart(const Rows& rows) {
+    constexpr int N = Rows::N;
+    float largest = -FLT_MAX;
+    rows.stage_again([&](const float (&student_logits)[N], const float (&teacher_logits)[N]) {
 #pragma unroll
-            for (int i = 0; i < N; ++i) largest = fmaxf(largest, blended_logit(student_logits[i], teacher_logits[i]));
-          });
-      origin = scratch.over({}, largest, rows.cluster);
-      return repeated = true;
-    }
+      for (int i = 0; i < N; ++i) largest = fmaxf(largest, blended_logit(student_logits[i], teacher_logits[i]));
+    });
+    origin = scratch.over({}, largest, rows.cluster);
+    repeated = true;
+  }
+  __device__ Term<float> result(const Cluster&, const Term<float>& sum) {
     inverse = 1 / sum.g;
-    sum = {static_cast<float>(kLn2) * (sum.value * inverse - log2f(sum.g)), -1};
-    return false;
+    return {static_cast<float>(kLn2) * (sum.value * inverse - log2f(sum.g)), -1};
   }
 
   template <int N>

@@ -25,7 +25,7 @@ struct Chunk {
 // --- words of a chunk <-> floats
 // ---------------------------------------------------------------------------------------
 
-// One word: one float or two of 16 bits. larger(): the larger one of each.
+// One word: one float or two of 16 bits.
 template <class T>
 struct Packing;
 
@@ -37,9 +37,6 @@ struct Packing<float> {
   __device__ static uint32_t load(const float* p) { return __float_as_uint(*p); }
   __device__ static void store(float* p, float x) { *p = x; }
   __device__ static void store_bits(float* p, uint32_t bits) { *p = __uint_as_float(bits); }
-  __device__ static uint32_t larger(uint32_t a, uint32_t b) {
-    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
-  }
 };
 
 template <>
@@ -56,9 +53,6 @@ struct Packing<BFloat16> {
   __device__ static uint32_t load(const BFloat16* p) { return p->bits; }
   __device__ static void store(BFloat16* p, float x) { p->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
   __device__ static void store_bits(BFloat16* p, uint32_t bits) { p->bits = static_cast<uint16_t>(bits); }
-  __device__ static uint32_t larger(uint32_t a, uint32_t b) {
-    return bit_cast<uint32_t>(__hmax2(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
-  }
 };
 
 template <>
@@ -76,9 +70,6 @@ struct Packing<Half> {
   __device__ static uint32_t load(const Half* p) { return p->bits; }
   __device__ static void store(Half* p, float x) { p->bits = __half_as_ushort(__float2half_rn(x)); }
   __device__ static void store_bits(Half* p, uint32_t bits) { p->bits = static_cast<uint16_t>(bits); }
-  __device__ static uint32_t larger(uint32_t a, uint32_t b) {
-    return bit_cast<uint32_t>(__hmax2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
-  }
 };
 
 template <class T, int N>

@@ -8,7 +8,8 @@
 // so that nothing row-sized is written but the gradient, and the third pass computes one exponential per entry.
 // Bytes per entry in bf16: 4 read and 2 written where the logits fit in the cluster's shared memory (V <= 442,000 in 8
 // blocks of 227 KB, 196,000 of 99 KB; before 9.0 in one block: 39,900 of 163 KB, 24,500 of 99 KB); of longer rows it
-// keeps the part that fits, and the rest is read once more in each of the two later passes.
+// keeps the part that fits, and the rest is read once more in each of the two later passes. adaptive_kl looks at the
+// teacher's logits a few times more, between the first pass and the second (adaptive_head.cuh).
 #pragma once
 
 #include "divergence_members.cuh"
@@ -41,11 +42,6 @@ struct RowSums {
   ShiftedSum student, teacher, unit;
 };
 
-// What a visit between the first and row_sums is for; all of them are rare. Rows for which the product of a logit and
-// the scale leaves the range of float, and those without a softmax, take the last two: of the largest logits and of the
-// differences to them.
-enum class Look { kNone, kUnit, kHighest, kDifferences };
-
 struct SoftmaxScales {
   float own, unit;
   bool own_unit;
@@ -65,75 +61,78 @@ __device__ __forceinline__ RowSoftmaxes softmaxes_of(RowSums sums, const Softmax
   }
   cluster.synchronize();
   const ShiftedSum student = scratch.student.total({}, cluster), teacher = scratch.teacher.total({}, cluster);
-  const Softmax q = Softmax::of(student, scales.own, origins.student);
-  const Softmax p = Softmax::of(teacher, scales.own, origins.teacher);
+  const float inverse = reciprocal_fast(scales.own);
+  const Softmax q = Softmax::of(student, scales.own, inverse, origins.student);
+  const Softmax p = Softmax::of(teacher, scales.own, inverse, origins.teacher);
   const bool legal = student.usable() && teacher.usable();
   if (!scales.own_unit) return {q, p, q, legal};
   const ShiftedSum unit = scratch.unit.total({}, cluster);
-  return {q, p, Softmax::of(unit, scales.unit, origins.student), legal && unit.usable()};
+  return {q, p, Softmax::of(unit, scales.unit, reciprocal_fast(scales.unit), origins.student), legal && unit.usable()};
 }
 
-// In kHighest, origins become the largest logits that the thread has seen.
+// The largest logits of both sides, -FLT_MAX at least.
 template <class T>
-__device__ __forceinline__ void look_again(const RowPair<T>& rows, Look look, const SoftmaxScales& scales,
-                                           Origins& origins, RowSums& sums) {
+__device__ Origins largest_logits(const RowPair<T>& rows, Scratch& scratch) {
   constexpr int N = RowPair<T>::N;
+  float student = -FLT_MAX, teacher = -FLT_MAX;
   rows.visit(max(rows.student.vocab, rows.teacher.vocab), [&](Place place) {
     float student_logits[N], teacher_logits[N];
     rows.logits(place, student_logits, teacher_logits);
-    if (look == Look::kHighest) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        origins.student = fmaxf(origins.student, student_logits[i]);
-        origins.teacher = fmaxf(origins.teacher, teacher_logits[i]);
-      }
-      return;
+    for (int i = 0; i < N; ++i) {
+      student = fmaxf(student, student_logits[i]);
+      teacher = fmaxf(teacher, teacher_logits[i]);
     }
+  });
+  return {scratch.student_highest.over({}, student, rows.cluster),
+          scratch.teacher_highest.over({}, teacher, rows.cluster)};
+}
+
+// Of a row for which the product of a logit and the scale leaves the range of float, or that has no softmax: from the
+// differences to the largest logits.
+template <class T>
+__device__ RowSoftmaxes softmaxes_of_differences(const RowPair<T>& rows, const SoftmaxScales& scales,
+                                                 Scratch& scratch) {
+  constexpr int N = RowPair<T>::N;
+  const Origins origins = largest_logits(rows, scratch);
+  RowSums sums{{0, 0}, {0, 0}, {0, 0}};
+  rows.visit(max(rows.student.vocab, rows.teacher.vocab), [&](Place place) {
+    float student_logits[N], teacher_logits[N];
+    rows.logits(place, student_logits, teacher_logits);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       student_logits[i] -= origins.student;
       teacher_logits[i] -= origins.teacher;
     }
-    if (scales.own_unit) sums.unit.add(student_logits, scales.unit);
-    if (look == Look::kUnit) return;
     sums.student.add(student_logits, scales.own);
     sums.teacher.add(teacher_logits, scales.own);
+    if (scales.own_unit) sums.unit.add(student_logits, scales.unit);
   });
+  return softmaxes_of(sums, scales, origins, scratch, rows.cluster);
 }
 
-template <class Watch, class T>
-__device__ RowSoftmaxes row_softmaxes(const RowPair<T>& rows, const DivergenceArguments& a, Watch& watch,
-                                      Scratch& scratch) {
+template <class T>
+__device__ RowSoftmaxes row_softmaxes(const RowPair<T>& rows, const DivergenceArguments& a, Scratch& scratch) {
   constexpr int N = RowPair<T>::N;
   const float unit = static_cast<float>(kLog2E);
   const SoftmaxScales scales{unit * a.inverse_temperature, unit, a.ce_weight != 0 && a.inverse_temperature != 1};
   const float first_student = rows.first_logit(rows.student), first_teacher = rows.first_logit(rows.teacher);
   RowSums sums{ShiftedSum::from(first_student, scales.own), ShiftedSum::from(first_teacher, scales.own),
                ShiftedSum::from(first_student, scales.unit)};
-  rows.first_visit([&](const float (&student_logits)[N], const float (&teacher_logits)[N],
-                       const typename RowPair<T>::Logits& teacher) {
+  rows.first_visit([&](const float (&student_logits)[N], const float (&teacher_logits)[N]) {
     sums.student.add(student_logits, scales.own);
     sums.teacher.add(teacher_logits, scales.own);
-    watch.add(teacher);
   });
   rows.cluster.wait();
-  Origins origins{0, 0};
-  Look look = scales.own_unit ? Look::kUnit : Look::kNone;
-#pragma unroll 1  // one copy of the walk serves all of its uses
-  while (true) {
-    if (look != Look::kNone) look_again(rows, look, scales, origins, sums);
-    if (look == Look::kHighest) {
-      origins = {scratch.student_highest.over({}, origins.student, rows.cluster),
-                 scratch.teacher_highest.over({}, origins.teacher, rows.cluster)};
-      look = Look::kDifferences;
-      continue;
-    }
-    const RowSoftmaxes softmaxes = softmaxes_of(sums, scales, origins, scratch, rows.cluster);
-    if (softmaxes.legal || look == Look::kDifferences) return softmaxes;
-    look = Look::kHighest;
-    origins = {-FLT_MAX, -FLT_MAX};
-    sums = {{0, 0}, {0, 0}, {0, 0}};
+  if (scales.own_unit) {  // rare
+    rows.visit(rows.student.vocab, [&](Place place) {
+      float student_logits[N], teacher_logits[N];
+      rows.logits(place, student_logits, teacher_logits);
+      sums.unit.add(student_logits, scales.unit);
+    });
   }
+  const RowSoftmaxes softmaxes = softmaxes_of(sums, scales, {0, 0}, scratch, rows.cluster);
+  return softmaxes.legal ? softmaxes : softmaxes_of_differences(rows, scales, scratch);
 }
 
 // Keeps what the gradient needs of the entries where there is room; the metrics come along.
@@ -157,7 +156,7 @@ __device__ Term<float> row_sums(const RowPair<T>& rows, Terms& terms, const RowS
   __syncthreads();
   if (threadIdx.x < kWarp) {
     scratch.terms.share(rows.cluster);
-    terms.share(rows);
+    terms.share(rows.cluster);
     if (output.a.metrics) RowMetrics::share(scratch.metrics, rows.cluster);
   }
   rows.cluster.synchronize();
@@ -230,10 +229,12 @@ __device__ void finish_row(const RowPair<T>& rows, const DivergenceArguments& a,
   // After row_sums the gradient may overwrite the label's logit.
   const float label_logit = a.ce_weight != 0 ? rows.student.entry(static_cast<int>(in.label)) : 0.0f;
   terms.prepare(rows);
-  Term<float> sum;
-  do {
+  Term<float> sum = row_sums(rows, terms, softmaxes, output, scratch);
+  if (terms.inexact(sum)) {  // rare, and of interpolated alone
+    terms.restart(rows);
     sum = row_sums(rows, terms, softmaxes, output, scratch);
-  } while (terms.revise(rows, sum));
+  }
+  sum = terms.result(rows.cluster, sum);
   const float cross_entropy = -softmaxes.unit.log2_probability(label_logit) * static_cast<float>(kLn2);
   const RowLoss loss = RowLoss::of(a, in, sum.value, cross_entropy);
   if (loss.value != loss.value) return output.fill(loss.value);
@@ -267,10 +268,9 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) divergence_kernel(const D
   }
   cluster.arrive();
   const Rows rows(student, teacher, cluster, phase, slots, a.staged_turns, a.kept_turns);
-  typename TermsOf<Member>::template Watch<typename Rows::Stored> watch;
-  const RowSoftmaxes softmaxes = row_softmaxes(rows, a, watch, scratch);
+  const RowSoftmaxes softmaxes = row_softmaxes(rows, a, scratch);
   if (!softmaxes.legal) return output.fill(CUDART_NAN_F);
-  TermsOf<Member> terms(softmaxes, in.parameters, watch.logit(), scratch.member);
+  TermsOf<Member> terms(softmaxes, in.parameters, scratch.member);
   finish_row(rows, a, in, softmaxes, terms, scratch, output);
 }
 

@@ -36,15 +36,15 @@ struct DivergenceArguments {
 struct Softmax {
   float reference, scale, rest;
 
-  // s: of the logits less `origin`.
-  __device__ static Softmax of(ShiftedSum s, float scale, float origin = 0) {
+  // s: of the logits less `origin`. inverse: of the scale, reciprocal_fast(scale).
+  __device__ static Softmax of(ShiftedSum s, float scale, float inverse, float origin) {
     const uint32_t bits = __float_as_uint(s.sum);
     const float exponent = static_cast<float>(static_cast<int>(bits >> 23) - 127);
     const float log2_mantissa = log2_fast(__uint_as_float((bits & 0x007fffffu) | 0x3f800000u));
     // shift + exponent as a float and what it lacks
     const float shift_of_sum = -s.minus_shift, high = shift_of_sum + exponent, part = high - shift_of_sum;
     const float low = (shift_of_sum - (high - part)) + (exponent - part);
-    const float shift = fminf(divide_fast(high + log2_mantissa, scale), FLT_MAX / 4);  // scale is 0 for T = inf
+    const float shift = fminf((high + log2_mantissa) * inverse, FLT_MAX / 4);  // scale is 0 for T = inf
     const float reference = origin + shift;
     return {reference, scale, fmaf(origin - reference, scale, high) + (low + log2_mantissa)};
   }

@@ -1,15 +1,17 @@
 // The terms of a divergence that is a functor of math/divergence.h, as the last two passes over a row ask for them.
 //
 // What the passes ask of any member is a class Terms with
-//   Watch<Stored>                               add(teacher): sees all chunks in the first visit; logit(): what the
-//                                               constructor takes of it
+//   Scratch                                     its static shared memory
+//   legal(parameters)                           whether those of the row are
 //   prepare(rows)                               between the first visit and the second, by every thread of the cluster
 //   chunk(first, student, teacher, sum, kept)   logits of the chunk from entry first() on: adds to the row's sums; what
 //                                               the gradient needs of every entry beside the student's logit
 //   again(student, teacher, kept)               the same without the sums
-//   publish(), share()                          the member's own reductions, along with those of `sum`
-//   revise(rows, sum)                           by every thread of the cluster: the row's sums -> its value and the sum
-//                                               of G; true if they have to be taken once more
+//   publish(), share(cluster)                   the member's own reductions, along with those of `sum`
+//   inexact(sum)                                of the row's sums: whether the second visit has to be made once more
+//   restart(rows)                               before that, by every thread of the cluster
+//   result(cluster, sum)                        by every thread of the cluster: the row's sums -> its value and the sum
+//                                               of G
 //   gradient(student, kept, g_scale, q_scale, out)   g_scale G + q_scale q
 #pragma once
 
@@ -60,23 +62,14 @@ __device__ __forceinline__ void pair_of_terms(const Functor& functor, const Entr
   }
 }
 
-// What the first visit leaves for a member beside the softmax statistics: nothing.
-struct NoWatch {
-  template <class Logits>
-  __device__ void add(const Logits&) {}
-  __device__ float logit() const { return 0; }
-};
-
 template <class Functor>
 struct FunctorTerms {
   struct Scratch {};
-  template <class Stored>
-  using Watch = NoWatch;
   Softmax q, p;
   Functor functor;
 
   __device__ static bool legal(const RowParameters<float>& row) { return Functor::legal(row); }
-  __device__ FunctorTerms(const RowSoftmaxes& softmaxes, const RowParameters<float>& row, float, Scratch&)
+  __device__ FunctorTerms(const RowSoftmaxes& softmaxes, const RowParameters<float>& row, Scratch&)
       : q(softmaxes.q), p(softmaxes.p), functor(row) {}
 
   template <class Rows>
@@ -112,12 +105,11 @@ struct FunctorTerms {
   }
 
   __device__ void publish() const {}
+  __device__ void share(const Cluster&) const {}
+  __device__ bool inexact(const Term<float>&) const { return false; }
   template <class Rows>
-  __device__ void share(const Rows&) const {}
-  template <class Rows>
-  __device__ bool revise(const Rows&, Term<float>&) const {
-    return false;
-  }
+  __device__ void restart(const Rows&) const {}
+  __device__ Term<float> result(const Cluster&, const Term<float>& sum) const { return sum; }
 
   template <int N>
   __device__ void gradient(const float (&student_logits)[N], const float (&g)[N], float g_scale, float q_scale,

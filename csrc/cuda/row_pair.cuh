@@ -118,15 +118,15 @@ struct RowPair {
     float student_logits[N], teacher_logits[N];
     unpack(loaded.student, student_logits);
     unpack(loaded.teacher, teacher_logits);
-    body(student_logits, teacher_logits, loaded.teacher);
+    body(student_logits, teacher_logits);
   }
   __device__ static void stage(float4* slot, const Loaded& loaded) {
     store_aligned(slot, loaded.student);
     store_aligned(slot + kWarp, loaded.teacher);
   }
 
-  // Loads, stages and passes to body(student logits, teacher logits, teacher's chunk) this thread's chunks of all that
-  // either side has. Of the full ones that are staged, kInFlight pairs are on their way at a time.
+  // Loads, stages and passes to body(student logits, teacher logits) this thread's chunks of all that either side has.
+  // Of the full ones that are staged, kInFlight pairs are on their way at a time.
   template <class Body>
   __device__ void first_visit(Body body) const {
     Place place = first_place();

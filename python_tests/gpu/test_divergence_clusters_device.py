@@ -64,7 +64,7 @@ def test_head_with_ties(mu):
 @pytest.mark.parametrize("vocab", [32000, 50257, 151936])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 2.0])
 def test_head_of_flat_rows(vocab, spread):
-    """adaptive_kl where thousands of entries are the head: counted first."""
+    """adaptive_kl where thousands of entries are the head."""
     generator = torch.Generator().manual_seed(1)
     student, teacher = (
         (torch.randn(4, vocab, generator=generator) * spread).to(torch.bfloat16).requires_grad_(i == 0)
