@@ -14,8 +14,9 @@
 #include "sparse_divergence_rows.h"
 #include "topk_logits_rows.h"
 
-// Weights of tokens have the same bits on every instruction set: products and sums stay apart. What the other kernels
-// share with this one is listed above and may fuse them, unless it is inlined: it compares, converts and selects.
+// Weights of tokens have the same bits on every instruction set: products and sums stay apart. Functions from the
+// headers above are compiled without this setting, unless they are inlined: token sampling may take from there what
+// compares, converts or selects, but no arithmetic that a fused multiply-add would round otherwise.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")

@@ -1,4 +1,4 @@
-// Bit fields of up to 32 bits at any bit of a row of 32-bit words, least significant bit first. Byte i of a row holds its
+// Bit fields of up to 32 bits at any bit of a row of 32-bit words, least significant bit first. Byte i of a row is its
 // bits 8 i to 8 i + 7.
 //
 // Fields are written by OR into words that start as zero, on the GPU atomically: the threads of a block write one row
