@@ -5,6 +5,7 @@
 // folder.
 #pragma once
 
+// Among them is what the listed kernels need of the standard library (row_kernel_list.h tells why).
 #include <cmath>
 #include <cstdint>
 #include <cstring>
