@@ -60,7 +60,7 @@ STABLE_TORCH_LIBRARY(distillm_ext, m) {
 namespace distillm {
 namespace {
 
-std::string cpu_instruction_set() { return instruction_set_name(instruction_set()); }
+std::string cpu_instruction_set() { return instruction_set().name; }
 std::string torch_version_built() { return DISTILLM_TORCH_VERSION; }
 
 }  // namespace

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-def pack_ids(ids: NDArray[np.int32], bits: int) -> NDArray[np.uint8]: ...
-def unpack_ids(packed: NDArray[np.uint8], k: int, bits: int) -> NDArray[np.int32]: ...
 def pack_logits(
     ids: NDArray[np.int32],
     logprobs: NDArray[np.float32],

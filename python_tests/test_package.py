@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import distillm_ext
-from distillm_ext import _codec, build_info
+from distillm_ext import build_info
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,35 +42,6 @@ def test_build_info():
     assert info["torch"] == torch.__version__ and info["cpu_isa"] in ("generic", "x86-64-v2", "x86-64-v3", "x86-64-v4")
     assert info["cuda_loaded"] == (info["cuda_reason"] == "")
     assert info["cuda_loaded"] == bool(info["cuda_archs"])
-
-
-def test_codec_round_trip():
-    generator = np.random.default_rng(0)
-    for bits in range(1, 32):
-        for shape in ((0, 5), (3, 0), (1, 1), (4, 64), (7, 33)):
-            ids = generator.integers(0, 2**bits, shape).astype(np.int32)
-            packed = _codec.pack_ids(ids, bits=bits)
-            assert packed.dtype == np.uint8 and packed.shape == (shape[0], -(-shape[1] * bits // 8))
-            assert np.array_equal(_codec.unpack_ids(packed, k=shape[1], bits=bits), ids)
-    assert _codec.pack_ids(np.array([[1, 2, 3]], np.int32), bits=2).tolist() == [[57]]
-
-
-@pytest.mark.parametrize(
-    "call, error",
-    (
-        (lambda: _codec.pack_ids(np.array([[4]], np.int32), bits=2), ValueError),
-        (lambda: _codec.pack_ids(np.array([[-1]], np.int32), bits=2), ValueError),
-        (lambda: _codec.pack_ids(np.zeros(3, np.int32), bits=2), ValueError),
-        (lambda: _codec.pack_ids(np.zeros((1, 3), np.int64), bits=2), TypeError),
-        (lambda: _codec.pack_ids(np.zeros((1, 3), np.int32), bits=0), ValueError),
-        (lambda: _codec.pack_ids(np.zeros((1, 3), np.int32), bits=32), ValueError),
-        (lambda: _codec.unpack_ids(np.zeros((1, 3), np.uint8), k=3, bits=9), ValueError),
-        (lambda: _codec.unpack_ids(np.zeros((1, 3), np.uint8), k=-1, bits=8), ValueError),
-    ),
-)
-def test_codec_refuses(call, error):
-    with pytest.raises(error):
-        call()
 
 
 def setup_py(**environment: str) -> str:

@@ -1,21 +1,16 @@
 // `divergence` on the CPU: rows are shared out over torch's threads; each thread runs the kernel of this processor.
-#include "divergence.h"
-
 #include "gradient_memory.h"
-#include "instruction_set.h"
+#include "row_kernels.h"
 
 namespace distillm {
 
 namespace {
 
-DivergenceRows kernel_for(const std::string& name, bool float64) {
-  return DISTILLM_FOR_THIS_PROCESSOR(divergence_rows)(name.c_str(), float64);
-}
-
 void run(const DivergenceTensors& t) {
   const DivergenceCall& call = t.call;
-  const DivergenceRows rows = kernel_for(call.options.divergence, call.student_type == ScalarType::Double);
-  STD_TORCH_CHECK(rows, "divergence '", call.options.divergence, "' has no CPU kernel");
+  const std::string& name = call.options.divergence;
+  const DivergenceRows rows = row_kernels().divergence(name.c_str(), call.student_type == ScalarType::Double);
+  STD_TORCH_CHECK(rows, "divergence '", name, "' has no CPU kernel");
   const int64_t grain = rows_per_task(call.student_vocab);
   torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) { rows(call, begin, end); });
 }

@@ -1,4 +1,4 @@
-// Divergence and gradient of a range of rows on one thread. Included once per instruction set, by divergence_<set>.cpp.
+// Divergence and gradient of a range of rows on one thread. Included once per instruction set, by row_kernel_list.h.
 //
 // Three passes over a row, tile by tile (divergence_passes.h):
 //   1. both sides: exponentials relative to the largest logit so far, kept in scratch, and their sums (online softmax);
@@ -13,11 +13,11 @@
 #include <utility>
 
 #include "../math/row_divergence.h"
-#include "../ops/divergence.h"
 #include "adaptive_head.h"
 #include "blended_row.h"
-#include "divergence.h"
 #include "divergence_passes.h"
+#include "row_kernels.h"
+#include "thread_scratch.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {

@@ -1,16 +1,10 @@
 // `few_rows_linear` on the CPU: the columns of the result are shared out over torch's threads.
-#include "few_rows_linear.h"
-
 #include <algorithm>
 
-#include "instruction_set.h"
+#include "row_kernels.h"
 
 namespace distillm {
 namespace {
-
-using Kernel = void (*)(const FewRowsLinearCall& call, int64_t begin, int64_t end);
-
-Kernel kernel() { return DISTILLM_FOR_THIS_PROCESSOR(few_rows_linear); }
 
 // A call into the dispatcher costs as much as a small product: no call where there is nothing to do.
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
@@ -32,10 +26,10 @@ Tensor few_rows_linear(const Tensor& x, const Tensor& weight, const std::optiona
                                columns,
                                depth,
                                weight.scalar_type() == ScalarType::BFloat16};
-  const Kernel run = kernel();
+  const FewRowsLinearColumns columns_of = row_kernels().few_rows_linear;
   // A task reads at least 256 KB of weights; whole tiles of three columns.
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, depth)) * 3;
-  torch::stable::parallel_for(0, columns, grain, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+  torch::stable::parallel_for(0, columns, grain, [&](int64_t begin, int64_t end) { columns_of(call, begin, end); });
   return out;
 }
 

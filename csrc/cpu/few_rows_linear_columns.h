@@ -1,4 +1,4 @@
-// x W^T for a few rows on one thread. Included once per instruction set, by few_rows_linear_<set>.cpp.
+// x W^T for a few rows on one thread. Included once per instruction set, by row_kernel_list.h.
 //
 // A general matrix product packs its operands first, and reads the weight twice for that; with a handful of rows the
 // weight is all there is to read. Here each weight row is streamed once, against tiles of kRows x kColumns dot products
@@ -9,14 +9,12 @@
 #include <cstring>
 
 #include "../math/float16.h"
-#include "few_rows_linear.h"
+#include "row_kernels.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {
 
-// Floats per vector register. Each instruction set's file says: g++ before 13 reads a file's macros before its target
-// pragmas, so __AVX2__ tells nothing here.
-constexpr int kLanes = DISTILLM_LANES;
+constexpr int kLanes = DISTILLM_LANES;  // floats per vector register
 
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint16_t HalfLanes __attribute__((vector_size(kLanes * sizeof(uint16_t))));

@@ -3,12 +3,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "row_kernels.h"
+
 namespace distillm {
-namespace {
 
-constexpr const char* kNames[] = {"generic", "x86-64-v2", "x86-64-v3", "x86-64-v4"};
-
-InstructionSet best_supported() {
+std::vector<InstructionSet> supported_instruction_sets() {
+  std::vector<InstructionSet> sets = {{"generic", &row_kernels_generic}};
 #ifdef __x86_64__
   __builtin_cpu_init();
   const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
@@ -17,30 +17,32 @@ InstructionSet best_supported() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4) return InstructionSet::kX86_64_v4;
-  if (v3) return InstructionSet::kX86_64_v3;
-  if (v2) return InstructionSet::kX86_64_v2;
+  if (v2) sets.push_back({"x86-64-v2", &row_kernels_x86_64_v2});
+  if (v3) sets.push_back({"x86-64-v3", &row_kernels_x86_64_v3});
+  if (v4) sets.push_back({"x86-64-v4", &row_kernels_x86_64_v4});
 #endif
-  return InstructionSet::kGeneric;
+  return sets;
 }
+
+namespace {
 
 // A name that is unknown, or asks for more than the processor has, changes nothing.
 InstructionSet chosen() {
-  const InstructionSet best = best_supported();
+  const std::vector<InstructionSet> sets = supported_instruction_sets();
   const char* wanted = std::getenv("DISTILLM_CPU_ISA");
-  for (int i = 0; wanted && i <= static_cast<int>(best); ++i) {
-    if (!std::strcmp(wanted, kNames[i])) return static_cast<InstructionSet>(i);
+  for (const InstructionSet& set : sets) {
+    if (wanted && !std::strcmp(wanted, set.name)) return set;
   }
-  return best;
+  return sets.back();
 }
 
 }  // namespace
 
-InstructionSet instruction_set() {
+const InstructionSet& instruction_set() {
   static const InstructionSet set = chosen();
   return set;
 }
 
-const char* instruction_set_name(InstructionSet set) { return kNames[static_cast<int>(set)]; }
+const RowKernels& row_kernels() { return *instruction_set().kernels; }
 
 }  // namespace distillm

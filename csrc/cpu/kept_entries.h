@@ -5,8 +5,8 @@
 
 #include "../math/sparse_divergence.h"
 #include "../ops/sparse_divergence.h"
-#include "divergence.h"
 #include "exponentials.h"
+#include "thread_scratch.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {

@@ -1,9 +1,7 @@
 // `logprob_divergence` on the CPU: rows are shared out over torch's threads; each thread runs the kernel of this
 // processor.
-#include "logprob_divergence.h"
-
 #include "gradient_memory.h"
-#include "instruction_set.h"
+#include "row_kernels.h"
 
 namespace distillm {
 namespace {
@@ -14,8 +12,8 @@ std::tuple<Tensor, Tensor> logprob_divergence(const Tensor& student, const Tenso
   const LogprobDivergenceTensors t = prepare_logprob_divergence(student, teacher, weight, std::move(name), beta,
                                                                 probability_floor, need_gradient, recycled_empty_like);
   const LogprobDivergenceCall& call = t.call;
-  const LogprobDivergenceRows rows = DISTILLM_FOR_THIS_PROCESSOR(logprob_divergence_rows)(
-      call.divergence.c_str(), call.probabilities, call.student_type == ScalarType::Double);
+  const LogprobDivergenceRows rows = row_kernels().logprob_divergence(call.divergence.c_str(), call.probabilities,
+                                                                      call.student_type == ScalarType::Double);
   STD_TORCH_CHECK(rows, "divergence '", call.divergence, "' is none of forward_kl, reverse_kl, generalized_js");
   torch::stable::parallel_for(0, call.rows, rows_per_task(call.vocab),
                               [&](int64_t begin, int64_t end) { rows(call, begin, end); });

@@ -1,5 +1,5 @@
 // Divergence of log-probabilities and its gradient for a range of rows on one thread. Included once per instruction
-// set, by logprob_divergence_<set>.cpp.
+// set, by row_kernel_list.h.
 //
 // One pass: an entry's gradient depends on that entry alone (math/logprob_divergence.h), so that nothing of a row is
 // kept and both sides are read once.
@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "../math/logprob_divergence.h"
-#include "logprob_divergence.h"
+#include "row_kernels.h"
 #include "tiles.h"
 
 namespace distillm {

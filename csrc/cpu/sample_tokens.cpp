@@ -1,14 +1,8 @@
 // `sample_tokens` on the CPU: rows are shared out over torch's threads; each thread runs the kernel of this processor.
-#include "sample_tokens.h"
-
-#include <algorithm>
-
-#include "instruction_set.h"
+#include "row_kernels.h"
 
 namespace distillm {
 namespace {
-
-SampleRows kernel() { return DISTILLM_FOR_THIS_PROCESSOR(sample_rows); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(
     const Tensor& logits, const std::optional<Tensor>& temperature_rows, const std::optional<Tensor>& top_k_rows,
@@ -21,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(
                                           seed_rows, position_rows, previous, banned, bits},
                                          temperature, top_k, top_p, min_p, penalty, seed, position);
   const int64_t grain = rows_per_task(t.call.vocab);
-  const SampleRows rows = kernel();
+  const SampleRows rows = row_kernels().sample_tokens;
   torch::stable::parallel_for(0, t.call.rows, grain, [&](int64_t begin, int64_t end) { rows(t, begin, end); });
   return t.outputs();
 }

@@ -1,4 +1,4 @@
-// Tokens of a range of rows on one thread. Included once per instruction set, by sample_tokens_<set>.cpp.
+// Tokens of a range of rows on one thread. Included once per instruction set, by row_kernel_list.h.
 //
 // Passes over a row, which stays in the second-level cache after the first:
 //   1. the maximum, and that of every group of 64 entries where they are needed;
@@ -11,10 +11,10 @@
 
 #include <cmath>
 
-#include "divergence.h"
+#include "row_kernels.h"
 #include "row_sums.h"
 #include "sample_selection.h"
-#include "sample_tokens.h"
+#include "thread_scratch.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {

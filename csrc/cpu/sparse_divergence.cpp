@@ -1,21 +1,16 @@
 // `sparse_divergence` on the CPU: rows are shared out over torch's threads; each thread runs the kernel of this
 // processor.
-#include "sparse_divergence.h"
-
 #include "gradient_memory.h"
-#include "instruction_set.h"
+#include "row_kernels.h"
 
 namespace distillm {
 namespace {
 
-SparseDivergenceRows kernel_for(const std::string& name, Tail tail, bool float64) {
-  return DISTILLM_FOR_THIS_PROCESSOR(sparse_divergence_rows)(name.c_str(), tail, float64);
-}
-
 void run(const SparseDivergenceTensors& t) {
   const DivergenceCall& dense = t.call.dense;
   const std::string& name = dense.options.divergence;
-  const SparseDivergenceRows rows = kernel_for(name, t.call.tail, dense.student_type == ScalarType::Double);
+  const bool float64 = dense.student_type == ScalarType::Double;
+  const SparseDivergenceRows rows = row_kernels().sparse_divergence(name.c_str(), t.call.tail, float64);
   STD_TORCH_CHECK(rows, "divergence '", name, "' has no CPU kernel for this tail");
   const int64_t grain = rows_per_task(dense.student_vocab);
   torch::stable::parallel_for(0, dense.rows, grain, [&](int64_t begin, int64_t end) { rows(t.call, begin, end); });

@@ -1,5 +1,5 @@
 // Divergence from a compressed teacher and gradient of a range of rows on one thread. Included once per instruction
-// set, by sparse_divergence_<set>.cpp.
+// set, by row_kernel_list.h.
 //
 // Two passes over the student's row, and K entries:
 //   1. exponentials of the entries off S relative to the largest so far, kept in scratch, and their sum; the kept
@@ -11,7 +11,7 @@
 
 #include "divergence_rows.h"
 #include "kept_entries.h"
-#include "sparse_divergence.h"
+#include "row_kernels.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {

@@ -1,8 +1,8 @@
+#include "thread_scratch.h"
+
 #include <cstdlib>
 #include <memory>
 #include <new>
-
-#include "divergence.h"
 
 namespace distillm {
 

@@ -1,19 +1,15 @@
 // `topk_logits` on the CPU: rows are shared out over torch's threads; each thread runs the kernel of this processor.
-#include "topk_logits.h"
-
-#include "instruction_set.h"
+#include "row_kernels.h"
 
 namespace distillm {
 namespace {
-
-TopkLogitsRows kernel_for(bool float64) { return DISTILLM_FOR_THIS_PROCESSOR(topk_logits_rows)(float64); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logits(
     const Tensor& logits, const std::optional<Tensor>& labels, const std::optional<Tensor>& position, int64_t k,
     std::vector<double> temperatures, int64_t seed) {
   const TopkLogitsTensors t = prepare_topk_logits(logits, labels, position, k, std::move(temperatures));
   const TopkLogitsCall call = t.call(k, seed);
-  const TopkLogitsRows rows = kernel_for(call.type == ScalarType::Double);
+  const TopkLogitsRows rows = row_kernels().topk_logits(call.type == ScalarType::Double);
   const int64_t grain = rows_per_task(call.vocab + k);
   torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) { rows(call, begin, end); });
   return t.outputs();

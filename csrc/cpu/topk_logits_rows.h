@@ -1,4 +1,4 @@
-// Compressed logits of a range of rows on one thread. Included once per instruction set, by topk_logits_<set>.cpp.
+// Compressed logits of a range of rows on one thread. Included once per instruction set, by row_kernel_list.h.
 //
 // Top-k: one pass over the row, tile by tile: gather what is above the running threshold (threshold_filter.h), add the
 // exponentials of everything else to the tail's sums, at every temperature. What the filter drops later joins the tail.
@@ -8,11 +8,11 @@
 #pragma once
 
 #include "compressed_row.h"
-#include "divergence.h"
 #include "exp_sums.h"
+#include "row_kernels.h"
 #include "systematic_rows.h"
+#include "thread_scratch.h"
 #include "threshold_filter.h"
-#include "topk_logits.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {

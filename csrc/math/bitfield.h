@@ -1,5 +1,5 @@
-// Bit fields of up to 32 bits at any bit of a row of 32-bit words, least significant bit first: the byte image of a row
-// (little endian) is the layout of bitpack.h.
+// Bit fields of up to 32 bits at any bit of a row of 32-bit words, least significant bit first. Byte i of a row is its
+// bits 8 i to 8 i + 7.
 //
 // Fields are written by OR into words that start as zero, on the GPU atomically: the threads of a block write one row
 // together, in any order, with one result. Both functions touch the word after the one where a field starts, so a row

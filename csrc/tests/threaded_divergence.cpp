@@ -1,11 +1,12 @@
 // The row kernels on several threads at once, as parallel_for runs them: the same bits as on one thread. Meant for
-// ThreadSanitizer. Links the kernels and thread_scratch, no torch library.
+// ThreadSanitizer. Links the row kernels, no torch library.
 #include <cstring>
 #include <random>
 #include <thread>
 #include <vector>
 
-#include "../cpu/divergence.h"
+#include "../cpu/instruction_set.h"
+#include "../cpu/row_kernels.h"
 #include "check.h"
 
 using namespace distillm;
@@ -15,19 +16,6 @@ namespace {
 constexpr int kThreads = 4, kRows = 24;
 constexpr const char* kNames[] = {"forward_kl", "skew_kl",     "generalized_js",
                                   "alpha_beta", "adaptive_kl", "interpolated"};
-
-using Kernel = DivergenceRows (*)(const char* name, bool float64);
-
-// Those that this processor can run.
-std::vector<Kernel> kernels() {
-  std::vector<Kernel> usable = {divergence_rows_generic};
-#ifdef __x86_64__
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("sse4.2")) usable.push_back(divergence_rows_x86_64_v2);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(divergence_rows_x86_64_v3);
-#endif
-  return usable;
-}
 
 // One call over float logits; in place where `gradient` is the student itself.
 struct Problem {
@@ -83,9 +71,9 @@ void check_same(const std::vector<float>& found, const std::vector<float>& expec
   CHECK(!std::memcmp(found.data(), expected.data(), found.size() * sizeof(float)));
 }
 
-void test_threads_agree(Kernel kernel, const char* name, int64_t vocab, bool in_place) {
+void test_threads_agree(const RowKernels& kernels, const char* name, int64_t vocab, bool in_place) {
   Problem alone(vocab), threaded(vocab);
-  const DivergenceRows rows = kernel(name, false);
+  const DivergenceRows rows = kernels.divergence(name, false);
   rows(alone.call(name, in_place), 0, kRows);
   run_threaded(rows, threaded.call(name, in_place));
   check_same(threaded.loss, alone.loss);
@@ -96,11 +84,11 @@ void test_threads_agree(Kernel kernel, const char* name, int64_t vocab, bool in_
 }  // namespace
 
 int main() {
-  for (Kernel kernel : kernels()) {
+  for (const InstructionSet& set : supported_instruction_sets()) {
     for (const char* name : kNames) {
       // The scratch memory of the first thread grows, and is reused where the vocabulary shrinks.
       for (int64_t vocab : {37, 2500, 1024}) {
-        for (bool in_place : {false, true}) test_threads_agree(kernel, name, vocab, in_place);
+        for (bool in_place : {false, true}) test_threads_agree(*set.kernels, name, vocab, in_place);
       }
     }
   }
