@@ -1,6 +1,9 @@
 """adaptive_kl and interpolated: what they hold constant, heads with ties, ends of their parameters, broken rows."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -126,6 +129,59 @@ def test_adaptive_kl_with_many_ties(data, vocab, mu):
     p, q = (np.exp(row) for row in rows)
     expected = ((1 - share) * p * (rows[0] - rows[1]) + share * q * (rows[1] - rows[0])).sum()
     np.testing.assert_allclose(value.item(), expected, rtol=1e-10, atol=1e-12)
+
+
+def integer_masses(z):
+    """The weights of token_mass.h, 2^((z - max z) log2 e) in units of 2^-44, step by step in float32."""
+    x = np.maximum((z - z.max()) * np.float32(math.log2(math.e)), np.float32(-127))
+    shifter = np.float32(12582912 + 127)
+    shifted = x + shifter
+    f = x - (shifted - shifter)
+    poly = np.float32(0.001326472731307149)
+    for c in (0.009671512991189957, 0.05550733581185341, 0.24022242426872253, 0.6931470036506653, 1.0):
+        poly = poly * f + np.float32(c)
+    grid = np.float32(1.5 * 2.0**-21)
+    power = poly * (shifted.view(np.uint32) << np.uint32(23)).view(np.float32) + grid - grid
+    return [int(w * 2.0**44) for w in power.astype(np.float64)]
+
+
+def test_head_where_rounding_decides():
+    """mu is the mass of a prefix to the last digit of float32: the head is that of integer masses all the same."""
+    student, teacher = logits(400, 60, torch.float32, 1), logits(400, 60, torch.float32, 2)
+    mu, shares = torch.empty(400), torch.empty(400, dtype=torch.float64)
+    distance = (log_p(teacher).exp() - log_p(student).exp()).abs()
+    for row, z in enumerate(teacher.numpy()):
+        order, masses = np.lexsort((np.arange(60), -z)), integer_masses(z)
+        cumulative = [sum(masses[v] for v in order[: n + 1]) for n in range(60)]
+        mu[row] = cumulative[row % 20 + 1] / cumulative[-1]
+        most = int(mu[row].item() * float(cumulative[-1]))
+        head = [v for n, v in enumerate(order) if n == 0 or cumulative[n] <= most]
+        shares[row] = 1 - distance[row, head].sum() / distance[row].sum()
+    forward, reverse = (run(student, teacher, torch.ones(400), divergence=f"{d}_kl")[0] for d in ("forward", "reverse"))
+    value, _ = run(student, teacher, torch.ones(400), divergence="adaptive_kl", alpha=mu)
+    torch.testing.assert_close(value.double(), (1 - shares) * forward + shares * reverse, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ("generic", "x86-64-v2", "x86-64-v3", "x86-64-v4"))
+def test_head_on_every_instruction_set(isa):
+    """On every set this processor has (for a set that it lacks it takes its best)."""
+    selection = "rounding_decides or ties_go"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]
+    subprocess.run(command, check=True, env=os.environ | {"DISTILLM_CPU_ISA": isa}, capture_output=True)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_masses_of_a_very_long_row_fit(dtype):
+    """2^21 equal entries: at 2^-44 of the largest weight each, their masses would add up to 2^65."""
+    vocab = 1 << 21
+    teacher, student = torch.zeros(1, vocab, dtype=dtype), torch.zeros(1, vocab, dtype=dtype)
+    student[0, -vocab // 4 :] = 1.0
+    q = log_p(student).exp()[0]
+    distance = (q - 1 / vocab).abs()
+    share = distance[vocab // 2 :].sum() / distance.sum()
+    forward, reverse = (run(student, teacher, torch.ones(1), divergence=f"{d}_kl")[0] for d in ("forward", "reverse"))
+    value, _ = run(student, teacher, torch.ones(1), divergence="adaptive_kl")
+    torch.testing.assert_close(value, ((1 - share) * forward + share * reverse).to(dtype), rtol=1e-4, atol=0)
 
 
 # ---- interpolated

@@ -74,6 +74,15 @@ def test_adversarial_orders(order):
         check(logits[None], k)
 
 
+@pytest.mark.parametrize("k", (1, 2))
+def test_a_tile_of_new_maxima_after_a_few(k):
+    """The most that is gathered between two cuts, while k is small."""
+    logits = torch.full((1, 3072), -5.0)
+    logits[0, 1024:1119] = torch.linspace(0, 1, 95)
+    logits[0, 2048:] = torch.linspace(2, 3, 1024)
+    check(logits, k)
+
+
 def test_ties_go_to_lower_ids():
     logits = torch.zeros(1, 9000)
     logits[0, [8999, 17, 4000]] = 1.0

@@ -1,145 +1,97 @@
 // adaptive_kl: which entries are the teacher's head, and how far the sides are apart on it.
 //
-// The head is a prefix of the entries ordered by descending logit, equal ones by ascending id. No sort: entries too
-// light to be at the boundary are passed over by their exponentials, and among the others the boundary is found by a
-// radix selection over ordered keys, kDigitBits at a time, with the mass of each digit in double.
+// The head is what comes before the first entry, in the order of row_selection.h, up to which the teacher's mass
+// exceeds mu; or the top entry, where that is the one. Masses are integers and have the same bits on every instruction
+// set. Two walks over the row: its mass; the entries that are not too light for the boundary, among which it is
+// searched.
 #pragma once
 
 #include "../math/row_divergence.h"
+#include "entry_weights.h"
 #include "exponentials.h"
+#include "row_selection.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {
 
-constexpr int kDigitBits = 11;
-constexpr int kDigits = 1 << kDigitBits;
-
-// The teacher's exponentials with the logits that they came from.
+// The masses of a row stay below 2^64 together, however long it is.
 template <class Real>
-struct MassRow {
-  LogitRow<Real> row;
-  Exponentials<Real> p;
-  int64_t vocab;
-
-  double mass(int32_t id) const { return static_cast<double>(p.values[id]) * p.tile_factor[id / kTile]; }
-};
-
-template <class Real>
-struct KeyOf;
-template <>
-struct KeyOf<float> {
-  using type = uint32_t;
-};
-template <>
-struct KeyOf<double> {
-  using type = uint64_t;
-};
-
-// Entries that may be at the boundary, in order of their ids, in scratch memory.
-template <class Real>
-struct HeadCandidates {
-  using Key = typename KeyOf<Real>::type;
-  Key* keys;
-  int32_t* ids;
-  int64_t count;
-
-  static int64_t bytes(int64_t vocab) { return vocab * static_cast<int64_t>(sizeof(Key) + sizeof(int32_t)); }
-};
-
-// Head: logits above `logit`, and of those equal to it the ids up to `last_id`.
-template <class Real>
-struct HeadBoundary {
-  Real logit;
-  int32_t last_id;
-};
-
-template <class Real>
-Real tile_sum(const Real* e, int64_t count) {
-  Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += e[i];
-  return sum;
+Weighing<Real> weighing_of(const Softmax<Real>& softmax, int64_t vocab) {
+  Real lowered = 0;
+  while (vocab >> static_cast<int>(lowered) >= int64_t{1} << 20) ++lowered;
+  return {softmax.maximum, softmax.scale, lowered};
 }
 
 template <class Real>
-double total_mass(const MassRow<Real>& teacher) {
-  double total = 0;
-  for (int64_t start = 0; start < teacher.vocab; start += kTile) {
-    const int64_t count = teacher.vocab - start < kTile ? teacher.vocab - start : kTile;
-    total += static_cast<double>(tile_sum(teacher.p.values + start, count)) * teacher.p.tile_factor[start / kTile];
+uint64_t row_mass(const LogitRow<Real>& row, Weighing<Real> by) {
+  alignas(64) Real buffer[kTile];
+  uint64_t total = 0;
+  for (int64_t start = 0; start < row.vocab; start += kTile) {
+    const int64_t count = row.vocab - start < kTile ? row.vocab - start : kTile;
+    const Real* z = row.tile(start, count, buffer);
+    for (int64_t i = 0; i < count; i += kMassTile) {
+      total += mass_of(tile_weight(z + i, count - i < kMassTile ? count - i : kMassTile, by));
+    }
   }
   return total;
 }
 
+// Entries that may be at the boundary, by ascending id, and what the search among them needs.
 template <class Real>
-int32_t tile_count_above(const Real* e, int64_t count, Real bound) {
-  int32_t above = 0;
-#pragma omp simd reduction(+ : above)
-  for (int64_t i = 0; i < count; ++i) above += e[i] >= bound ? 1 : 0;
-  return above;
-}
+struct HeadCandidates {
+  Real *logits, *weights;
+  int32_t* ids;
+  SelectionScratch<Real> selection;
+  int64_t count;
 
-// The entry at the boundary and all lighter ones hold more than `rest`, so it holds at least rest / vocab itself.
+  static int64_t bytes(int64_t vocab) { return vocab * static_cast<int64_t>(3 * sizeof(Real) + 2 * sizeof(int32_t)); }
+
+  static HeadCandidates in(void* memory, int64_t vocab) {
+    Real* const logits = static_cast<Real*>(memory);
+    int32_t* const ids = reinterpret_cast<int32_t*>(logits + 3 * vocab);
+    auto* const keys = reinterpret_cast<typename SelectionScratch<Real>::Key*>(logits + 2 * vocab);
+    return {logits, logits + vocab, ids, {keys, ids + vocab}, 0};
+  }
+};
+
+// Appends the entries of the row from `bound` on, and weighs them. Whole pieces below it are passed over.
 template <class Real>
-void find_candidates(const MassRow<Real>& teacher, double rest, HeadCandidates<Real>& out) {
+void gather(const LogitRow<Real>& row, Real bound, Weighing<Real> by, HeadCandidates<Real>& to) {
+  constexpr int64_t kPiece = 64;
   alignas(64) Real buffer[kTile];
-  const double lightest = rest / static_cast<double>(teacher.vocab) * (1 - 1e-4);
-  out.count = 0;
-  for (int64_t start = 0; start < teacher.vocab; start += kTile) {
-    const int64_t count = teacher.vocab - start < kTile ? teacher.vocab - start : kTile;
-    const Real* e = teacher.p.values + start;
-    const Real bound = static_cast<Real>(lightest / static_cast<double>(teacher.p.tile_factor[start / kTile]));
-    if (tile_count_above(e, count, bound) == 0) continue;
-    const Real* z = teacher.row.tile(start, count, buffer);
-    for (int64_t i = 0; i < count; ++i) {
-      out.keys[out.count] = ordered_key(z[i]);
-      out.ids[out.count] = static_cast<int32_t>(start + i);
-      out.count += e[i] >= bound ? 1 : 0;
+  for (int64_t start = 0; start < row.vocab; start += kTile) {
+    const int64_t count = row.vocab - start < kTile ? row.vocab - start : kTile;
+    const Real* z = row.tile(start, count, buffer);
+    for (int64_t piece = 0; piece < count; piece += kPiece) {
+      const int64_t end = count - piece < kPiece ? count : piece + kPiece;
+      if (tile_maximum(z + piece, end - piece) < bound) continue;
+      for (int64_t i = piece; i < end; ++i) {
+        to.logits[to.count] = z[i];
+        to.ids[to.count] = static_cast<int32_t>(start + i);
+        to.count += z[i] >= bound;
+      }
     }
   }
+  weigh(to.logits, to.count, by, to.weights);
 }
 
-// One digit of the selection: keeps the candidates of the digit in which the mass passes `target`; `above`, the mass
-// before them, grows. False when it never does.
+// The threshold that selects the head, its `last` an id.
 template <class Real>
-bool narrow(const MassRow<Real>& teacher, int shift, double target, double& above, HeadCandidates<Real>& kept) {
-  double digit_mass[kDigits] = {};
-  const auto digit_of = [&](int64_t i) { return static_cast<int>(kept.keys[i] >> shift) & (kDigits - 1); };
-  for (int64_t i = 0; i < kept.count; ++i) digit_mass[digit_of(i)] += teacher.mass(kept.ids[i]);
-  int digit = kDigits - 1;
-  while (digit >= 0 && !(above + digit_mass[digit] > target)) above += digit_mass[digit--];
-  if (digit < 0) return false;
-  int64_t count = 0;
-  for (int64_t i = 0; i < kept.count; ++i) {
-    const bool here = digit_of(i) == digit;
-    kept.keys[count] = kept.keys[i];
-    kept.ids[count] = kept.ids[i];
-    count += here ? 1 : 0;
-  }
-  kept.count = count;
-  return true;
-}
-
-template <class Real>
-HeadBoundary<Real> head_boundary(const MassRow<Real>& teacher, double mu, HeadCandidates<Real> candidates) {
-  constexpr int kKeyBits = 8 * sizeof(typename HeadCandidates<Real>::Key);
-  const HeadBoundary<Real> everything{kMinusInfinity<Real>, INT32_MAX};
-  const double total = total_mass(teacher), target = mu * total;
+Threshold<Real> head_threshold(const LogitRow<Real>& row, const Softmax<Real>& softmax, double mu,
+                               HeadCandidates<Real> candidates) {
+  const Threshold<Real> everything{kMinusInfinity<Real>, INT32_MAX};
   if (!(mu < 1)) return everything;
-  find_candidates(teacher, total - target, candidates);
-  double above = 0;
-  for (int shift = kKeyBits - kDigitBits; shift > -kDigitBits; shift -= kDigitBits) {
-    // The last digit overlaps the one before it, whose bits are all alike by then.
-    if (!narrow(teacher, shift > 0 ? shift : 0, target, above, candidates)) return everything;
-  }
-  // Equal logits are left. The top token of the row belongs to the head whatever its mass.
-  int64_t inside = above == 0 ? 1 : 0;
-  double mass = above + (inside ? teacher.mass(candidates.ids[0]) : 0);
-  while (inside < candidates.count && mass + teacher.mass(candidates.ids[inside]) <= target) {
-    mass += teacher.mass(candidates.ids[inside++]);
-  }
-  Real buffer[1];
-  return {*teacher.row.tile(candidates.ids[0], 1, buffer), inside > 0 ? candidates.ids[inside - 1] : -1};
+  const Weighing<Real> by = weighing_of(softmax, row.vocab);
+  const uint64_t total = row_mass(row, by), most = static_cast<uint64_t>(mu * static_cast<double>(total));
+  if (most >= total) return everything;
+  // All entries lighter than that weigh less than the rest together: the boundary is none of them.
+  const double lightest = static_cast<double>(total - most) / kMassUnits / static_cast<double>(row.vocab);
+  gather(row, logit_below(lightest, by), by, candidates);
+  const MassMeasure<Real> mass{candidates.weights};
+  const Threshold<Real> boundary =
+      find_threshold(candidates.logits, candidates.count, mass, most + 1, candidates.selection);
+  const bool top = most < mass_of(exp2_portable(-by.lowered));
+  return {boundary.value, candidates.ids[boundary.last] - (top ? 0 : 1)};
 }
 
 // sum |p - q| over head and tail.
@@ -166,20 +118,20 @@ HeadDistance<Real> stretch_distance(const Real* q, Real q_factor, const Real* p,
 }
 
 template <class Real>
-HeadDistance<double> head_distance(const MassRow<Real>& teacher, const Exponentials<Real>& q,
-                                   HeadBoundary<Real> boundary) {
+HeadDistance<double> head_distance(const LogitRow<Real>& teacher, int64_t vocab, const Exponentials<Real>& p,
+                                   const Exponentials<Real>& q, Threshold<Real> head) {
   alignas(64) Real buffer[kTile];
   HeadDistance<double> sum{0, 0};
-  for (int64_t start = 0; start < teacher.vocab; start += kTile) {
-    const int64_t count = teacher.vocab - start < kTile ? teacher.vocab - start : kTile, tile = start / kTile;
-    const int64_t up_to_last = boundary.last_id + int64_t(1) - start;
+  for (int64_t start = 0; start < vocab; start += kTile) {
+    const int64_t count = vocab - start < kTile ? vocab - start : kTile, tile = start / kTile;
+    const int64_t up_to_last = head.last + 1 - start;
     const int64_t cut = up_to_last < 0 ? 0 : up_to_last < count ? up_to_last : count;
-    const Real *e_q = q.values + start, *e_p = teacher.p.values + start;
-    const Real q_factor = q.tile_factor[tile], p_factor = teacher.p.tile_factor[tile];
-    const Real* z = teacher.row.tile(start, count, buffer);
-    const auto with_ties = stretch_distance<true>(e_q, q_factor, e_p, p_factor, z, boundary.logit, cut);
+    const Real *e_q = q.values + start, *e_p = p.values + start;
+    const Real q_factor = q.tile_factor[tile], p_factor = p.tile_factor[tile];
+    const Real* z = teacher.tile(start, count, buffer);
+    const auto with_ties = stretch_distance<true>(e_q, q_factor, e_p, p_factor, z, head.value, cut);
     const auto without =
-        stretch_distance<false>(e_q + cut, q_factor, e_p + cut, p_factor, z + cut, boundary.logit, count - cut);
+        stretch_distance<false>(e_q + cut, q_factor, e_p + cut, p_factor, z + cut, head.value, count - cut);
     sum.head += static_cast<double>(with_ties.head) + static_cast<double>(without.head);
     sum.tail += static_cast<double>(with_ties.tail) + static_cast<double>(without.tail);
   }

@@ -1,10 +1,10 @@
-// Gathered entries of a row: selection of the k largest and the final sort. Both are integer bisection and radix
-// passes: nothing branches on the data, which costs more than the arithmetic at these sizes.
+// Gathered entries of a row: the cut to the k largest and the final sort. Nothing branches on the data, which would
+// cost more than the arithmetic at these sizes.
 #pragma once
 
 #include <cstring>
 
-#include "../math/ordered_key.h"
+#include "row_selection.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {
@@ -18,40 +18,16 @@ struct Candidates {
   int64_t size;
 };
 
-template <class Real>
-int64_t count_at_least(const Real* values, int64_t n, Real bound) {
-  using Count = decltype(bit_cast<std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>>(Real()));
-  Count count = 0;
-#pragma omp simd reduction(+ : count)
-  for (int64_t i = 0; i < n; ++i) count += values[i] >= bound ? 1 : 0;
-  return count;
-}
-
-// The k-th largest of n >= k >= 1 values, none of them NaN: the largest number that k values reach, bit by bit.
-template <class Real>
-Real kth_largest(const Real* values, int64_t n, int64_t k) {
-  using Key = decltype(ordered_key(Real()));
-  const Key lowest = ordered_key(-std::numeric_limits<Real>::infinity());  // below it are no numbers
-  const auto number = [lowest](Key key) { return number_of_key(key > lowest ? key : lowest); };
-  Key key = 0;
-  for (Key bit = Key{1} << (8 * sizeof(Key) - 1); bit != 0; bit >>= 1) {
-    if (count_at_least(values, n, number(key | bit)) >= k) key |= bit;
-  }
-  return number(key);
-}
-
 // Cuts the candidates to the k largest, lower ids first among equals, in their order; returns the k-th largest. The
 // values of the others go to `dropped`, which may not overlap.
 template <class Real>
-Real keep_largest(Candidates<Real>& candidates, int64_t k, Real* dropped) {
-  const Real kth = kth_largest(candidates.values, candidates.size, k);
-  int64_t above = 0;
-  for (int64_t i = 0; i < candidates.size; ++i) above += candidates.values[i] > kth;
-  int64_t ties = k - above, kept = 0, left = 0;
+Real keep_largest(Candidates<Real>& candidates, int64_t k, Real* dropped, SelectionScratch<Real> scratch) {
+  const Threshold<Real> kth =
+      find_threshold(candidates.values, candidates.size, CountMeasure{}, static_cast<uint64_t>(k), scratch);
+  int64_t kept = 0, left = 0;
   for (int64_t i = 0; i < candidates.size; ++i) {
     const Real value = candidates.values[i];
-    const bool tie = (value == kth) & (ties > 0), keep = (value > kth) | tie;
-    ties -= tie;
+    const bool keep = kth.selects(value, i);
     candidates.values[kept] = value;
     candidates.ids[kept] = candidates.ids[i];
     dropped[left] = value;
@@ -59,7 +35,7 @@ Real keep_largest(Candidates<Real>& candidates, int64_t k, Real* dropped) {
     left += !keep;
   }
   candidates.size = kept;
-  return kth;
+  return kth.value;
 }
 
 // Keys and indices of candidates, sorted by radix passes of 8 bits, which keep the order of equals: value descending,

@@ -186,13 +186,11 @@ struct InterpolatedMember {
 template <class Real>
 struct AdaptiveMember {
   static Real loss(RowTask<Real>& task) {
-    using Key = typename HeadCandidates<Real>::Key;
     take_scratch(task, HeadCandidates<Real>::bytes(task.vocab));
     const RowSoftmaxes<Real> softmaxes = row_softmaxes(task);
-    Key* keys = static_cast<Key*>(task.spare);
     const bool legal = in_unit_interval(task.parameters.alpha);
     if (legal && softmaxes.q.usable() && softmaxes.p.usable()) {
-      task.parameters.beta = share(task, {keys, reinterpret_cast<int32_t*>(keys + task.vocab), 0});
+      task.parameters.beta = share(task, softmaxes.p);
     }
     // A direction without a share is left out: it may be infinite.
     const RowParameters<Real>& parameters = task.parameters;
@@ -201,10 +199,11 @@ struct AdaptiveMember {
     return finish_row(task, task.teacher, softmaxes, SymmetricKl<Real>(parameters), legal);
   }
 
-  static Real share(const RowTask<Real>& task, HeadCandidates<Real> candidates) {
-    const MassRow<Real> teacher{task.teacher, task.p, task.vocab};
+  static Real share(const RowTask<Real>& task, const Softmax<Real>& p) {
     const double mu = task.call.alpha ? static_cast<double>(task.parameters.alpha) : task.call.options.alpha;
-    const HeadDistance<double> distance = head_distance(teacher, task.q, head_boundary(teacher, mu, candidates));
+    const Threshold<Real> head =
+        head_threshold(task.teacher, p, mu, HeadCandidates<Real>::in(task.spare, task.teacher.vocab));
+    const HeadDistance<double> distance = head_distance(task.teacher, task.vocab, task.p, task.q, head);
     return static_cast<Real>(adaptive_share(distance.head, distance.tail));
   }
 };

@@ -1,18 +1,17 @@
 // What token sampling needs of a whole row: maxima of its parts, its mass, its sum of exponentials.
 //
-// Sums of weights are exact: a tile in double (multiples of 2^-44 up to 2^9), tiles as integers.
+// Sums of weights are exact: a tile in double, tiles as integers.
 #pragma once
 
 #include <cmath>
 
-#include "../math/token_mass.h"
+#include "entry_weights.h"
 #include "exponentials.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {
 
 constexpr int64_t kGroup = 64;
-constexpr int64_t kMassTile = 256;
 
 // Maxima of every eighth entry of each whole group, one after the other; returns how many there are.
 inline int64_t strand_maxima(const float* z, int64_t vocab, float* out) {
@@ -40,20 +39,12 @@ inline float group_maxima(const float* z, int64_t vocab, float* out) {
   return maximum;
 }
 
-inline double tile_weight(const float* z, int64_t count, Tempering tempering) {
-  const float maximum = tempering.maximum, scale = tempering.scale;
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(exp2_portable((z[i] - maximum) * scale));
-  return sum;
-}
-
 // Mass of the row and of its tiles; 0 where it is not a number.
-inline uint64_t row_mass(const float* z, int64_t vocab, Tempering tempering, uint64_t* tile_mass) {
+inline uint64_t row_mass(const float* z, int64_t vocab, Weighing<float> by, uint64_t* tile_mass) {
   uint64_t total = 0;
   for (int64_t start = 0; start < vocab; start += kMassTile) {
     const int64_t count = vocab - start < kMassTile ? vocab - start : kMassTile;
-    const double weight = tile_weight(z + start, count, tempering);
+    const double weight = tile_weight(z + start, count, by);
     if (!(weight == weight)) return 0;
     const uint64_t mass = mass_of(weight);
     tile_mass[start / kMassTile] = mass;

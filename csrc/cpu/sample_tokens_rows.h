@@ -11,26 +11,26 @@
 
 #include <cmath>
 
+#include "../math/sampling_rule.h"
 #include "row_kernels.h"
 #include "row_sums.h"
-#include "sample_selection.h"
+#include "sample_candidates.h"
 #include "thread_scratch.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {
-
-constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 // The working memory of one row, in this thread's scratch.
 struct SampleScratch {
   float *raw, *adjusted, *group_maximum;
   uint64_t* tile_mass;
   SampleCandidates candidates;
+  SelectionScratch<float> selection;
 
   static SampleScratch of(int64_t vocab) {
     const int64_t row = (vocab + 15) / 16 * 16, groups = (vocab / kGroup + 16) / 16 * 16;
     const int64_t tiles = (vocab / kMassTile + 16) / 16 * 16;
-    char* at = static_cast<char*>(thread_scratch(4 * (6 * row + groups) + 8 * tiles));
+    char* at = static_cast<char*>(thread_scratch(4 * (7 * row + groups) + 8 * tiles));
     const auto take = [&at](int64_t bytes) {
       char* here = at;
       at += bytes;
@@ -43,8 +43,9 @@ struct SampleScratch {
       *part = reinterpret_cast<float*>(take(4 * row));
     }
     s.candidates.id = reinterpret_cast<int32_t*>(take(4 * row));
-    s.candidates.order = reinterpret_cast<uint32_t*>(take(4 * row));
     s.candidates.count = 0;
+    s.selection.keys = reinterpret_cast<uint32_t*>(take(4 * row));
+    s.selection.indices = reinterpret_cast<int32_t*>(take(4 * row));
     return s;
   }
 };
@@ -82,13 +83,15 @@ struct SampledRow {
     tempering = {maximum, rule.greedy() ? unit.scale : tempering_scale(rule.temperature)};
     const bool whole = !rule.greedy() && !rule.limits_count(vocab);
     if (whole) {
-      mass = row_mass(z, vocab, tempering, scratch.tile_mass);
+      mass = row_mass(z, vocab, weighing(), scratch.tile_mass);
       if (mass == 0) return false;
     }
     const bool same = whole && z == raw && tempering.scale == unit.scale;
     log2_unit = same ? std::log2(static_cast<double>(mass) / kMassUnits) : log2_sum(raw, vocab, unit);
     return log2_unit == log2_unit;
   }
+
+  Weighing<float> weighing() const { return {tempering.maximum, tempering.scale, 0}; }
 
   DrawnToken result(int64_t token, double filtered) const {
     const double log2_p = (static_cast<double>(raw[token]) - unit.maximum) * kLog2E - log2_unit;
@@ -125,6 +128,7 @@ struct SampledRow {
   // No kept entry lies below: the top_k-th largest of maxima over parts of the row is at most the top_k-th largest
   // entry. Groups where there are enough of them, else their strands, in memory that weights will take.
   float top_k_bound() const {
+    constexpr float kLowest = std::numeric_limits<float>::lowest();
     float* parts = scratch.group_maximum;
     int64_t count = (vocab + kGroup - 1) / kGroup;
     if (rule.top_k > count) {
@@ -132,23 +136,19 @@ struct SampledRow {
       count = strand_maxima(z, vocab, parts);
     }
     if (rule.top_k > count) return kLowest;
-    const SampleCandidates maxima{parts, nullptr, nullptr, scratch.candidates.order, count};
-    const Threshold threshold = radix_threshold<CountOf>(maxima, static_cast<uint64_t>(rule.top_k));
-    return at_least(number_of_key(threshold.key), kLowest);
-  }
-
-  // The logit where the weight is `weight`, less a margin for the rounding of weights.
-  float logit_below(double weight) const {
-    const double bound = tempering.maximum + (std::log2(weight) - 0.01) / tempering.scale;
-    return bound > kLowest ? std::nextafter(static_cast<float>(bound), kLowest) : kLowest;
+    const auto threshold =
+        find_threshold(parts, count, CountMeasure{}, static_cast<uint64_t>(rule.top_k), scratch.selection);
+    return at_least(threshold.value, kLowest);
   }
 
   // Entries below the bound are not kept, whatever the order of filters: all entries lighter than (1 - p) / V of the
   // mass together weigh less than 1 - p of it.
   float candidate_bound() const {
     if (rule.limits_count(vocab)) return top_k_bound();
-    if (rule.top_p < 1) return logit_below((1 - static_cast<double>(rule.top_p)) * (mass / kMassUnits) / vocab);
-    return logit_below(rule.min_p);
+    if (rule.top_p < 1) {
+      return logit_below((1 - static_cast<double>(rule.top_p)) * (mass / kMassUnits) / vocab, weighing());
+    }
+    return logit_below(rule.min_p, weighing());
   }
 
   void gather(float bound) {
@@ -165,27 +165,25 @@ struct SampledRow {
     }
   }
 
-  void weigh() {
-    const SampleCandidates& to = scratch.candidates;
-    const float maximum = tempering.maximum, scale = tempering.scale;
-    float* weight = to.weight;
-    const float* logit = to.logit;
-#pragma omp simd
-    for (int64_t i = 0; i < to.count; ++i) weight[i] = exp2_portable((logit[i] - maximum) * scale);
+  template <class Measure>
+  void keep_until(Measure measure, uint64_t target) {
+    SampleCandidates& kept = scratch.candidates;
+    const auto threshold = find_threshold(kept.logit, kept.count, measure, target, scratch.selection);
+    keep(kept, [&](int64_t i) { return threshold.selects(kept.logit[i], i); });
   }
 
   DrawnToken filtered() {
     SampleCandidates& kept = scratch.candidates;
     gather(candidate_bound());
     if (rule.limits_count(vocab) && kept.count > rule.top_k) {
-      keep(kept, radix_threshold<CountOf>(kept, static_cast<uint64_t>(rule.top_k)));
+      keep_until(CountMeasure{}, static_cast<uint64_t>(rule.top_k));
     }
-    weigh();
+    weigh(kept.logit, kept.count, weighing(), kept.weight);
     if (rule.top_p < 1) {
       const uint64_t whole = rule.limits_count(vocab) ? total_mass(kept) : mass;
-      keep(kept, radix_threshold<MassOf>(kept, nucleus_mass(rule.top_p, whole)));
+      keep_until(MassMeasure<float>{kept.weight}, nucleus_mass(rule.top_p, whole));
     }
-    if (rule.min_p > 0) keep_weight_from(kept, rule.min_p);
+    if (rule.min_p > 0) keep(kept, [&](int64_t i) { return kept.weight[i] >= rule.min_p; });
     const uint64_t total = total_mass(kept), point = draw_point(rule.bits, total);
     uint64_t below = 0;
     int64_t i = 0;

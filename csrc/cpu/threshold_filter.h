@@ -86,7 +86,7 @@ void prefetch(const LogitRow<Real>& row, int64_t start, int64_t count) {
 // and the k-th largest of those is not above the k-th largest of all. With G = 4k some 1.15 k of the 64 k entries lie
 // above it. -inf where the row is too short to be worth it.
 template <class Real>
-Real first_threshold(const LogitRow<Real>& row, int64_t k, Real* group_maxima) {
+Real first_threshold(const LogitRow<Real>& row, int64_t k, Real* group_maxima, SelectionScratch<Real> scratch) {
   constexpr Real kNone = -std::numeric_limits<Real>::infinity();
   constexpr int64_t kLanes = kTile / 4;
   const int64_t groups = (4 * k + kLanes - 1) / kLanes * kLanes, sample = 16 * groups;
@@ -102,7 +102,7 @@ Real first_threshold(const LogitRow<Real>& row, int64_t k, Real* group_maxima) {
     }
   }
   // A little lower, so that the k-th largest itself is above it, whatever the processor does with subnormal numbers.
-  const Real kth = kth_largest(group_maxima, groups, k);
+  const Real kth = find_threshold(group_maxima, groups, CountMeasure{}, static_cast<uint64_t>(k), scratch).value;
   return kth - std::abs(kth) * Real(1e-6) - Real(1e-30);
 }
 

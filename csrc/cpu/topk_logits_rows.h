@@ -20,17 +20,19 @@ inline namespace DISTILLM_ISA {
 template <class Real>
 class ThresholdFilter {
  public:
-  // candidates: room for capacity(k); dropped: for as many and for the groups of first_threshold.
-  ThresholdFilter(int64_t k, Candidates<Real>& candidates, Real* dropped, ExpSums<Real>& tail)
-      : k_(k), kept_(candidates), dropped_(dropped), tail_(tail) {}
+  // candidates: room for capacity(k); dropped and scratch: for others_capacity(k).
+  ThresholdFilter(int64_t k, Candidates<Real>& candidates, Real* dropped, SelectionScratch<Real> scratch,
+                  ExpSums<Real>& tail)
+      : k_(k), kept_(candidates), dropped_(dropped), scratch_(scratch), tail_(tail) {}
 
   // Cut early: the sooner the threshold is exact, the fewer entries pass it.
   static int64_t capacity(int64_t k) { return (k < 32 ? 96 : 3 * k) + kTile; }
-  static int64_t dropped_capacity(int64_t k) { return 4 * k + kTile; }
+  // As many, and the groups of first_threshold.
+  static int64_t others_capacity(int64_t k) { return 4 * k + 96 + kTile; }
 
   void run(const LogitRow<Real>& row) {
     alignas(64) Real buffer[kTile];
-    threshold_ = first_threshold(row, k_, dropped_);
+    threshold_ = first_threshold(row, k_, dropped_, scratch_);
     for (int64_t start = 0; start < row.vocab; start += kTile) {
       const int64_t count = row.vocab - start < kTile ? row.vocab - start : kTile;
       const Real* z = row.tile(start, count, buffer);
@@ -53,13 +55,14 @@ class ThresholdFilter {
   void keep_best() {
     const int64_t left = kept_.size - k_;
     if (left <= 0) return;
-    threshold_ = keep_largest(kept_, k_, dropped_);
+    threshold_ = keep_largest(kept_, k_, dropped_, scratch_);
     for (int64_t i = 0; i < left; i += kTile) tail_.add(dropped_ + i, left - i < kTile ? left - i : kTile);
   }
 
   int64_t k_;
   Candidates<Real>& kept_;
   Real* dropped_;
+  SelectionScratch<Real> scratch_;
   ExpSums<Real>& tail_;
   Real threshold_;
 };
@@ -90,18 +93,21 @@ template <class Real>
 void topk_rows(const TopkLogitsCall& call, int64_t begin, int64_t end) {
   using Filter = ThresholdFilter<Real>;
   const Slots slots(call);
-  const int64_t room = Filter::capacity(call.k), dropped = Filter::dropped_capacity(call.k);
+  const int64_t room = Filter::capacity(call.k), others = Filter::others_capacity(call.k);
   const int64_t sorting = SortedOrder<Real>::bytes(call.k);
   ScratchPieces scratch(ScratchPieces::padded(room * sizeof(Real)) + ScratchPieces::padded(room * sizeof(int32_t)) +
-                        ScratchPieces::padded(dropped * sizeof(Real)) + ScratchPieces::padded(sorting));
+                        2 * ScratchPieces::padded(others * sizeof(Real)) +
+                        ScratchPieces::padded(others * sizeof(int32_t)) + ScratchPieces::padded(sorting));
   Candidates<Real> kept{scratch.take<Real>(room), scratch.take<int32_t>(room), nullptr, 0};
-  Real* const dropped_values = scratch.take<Real>(dropped);
+  Real* const dropped = scratch.take<Real>(others);
+  const SelectionScratch<Real> selection{scratch.take<typename SelectionScratch<Real>::Key>(others),
+                                         scratch.take<int32_t>(others)};
   void* const sort_scratch = scratch.take<char>(sorting);
   for (int64_t row = begin; row < end; ++row) {
     const LogitRow<Real> logits = row_of<Real>(call, row);
     ExpSums<Real> tail(slots);
     kept.size = 0;
-    Filter(call.k, kept, dropped_values, tail).run(logits);
+    Filter(call.k, kept, dropped, selection, tail).run(logits);
     RowWriter<Real>(call, slots, row).write(logits, kept, tail, sort_scratch);
   }
 }
