@@ -25,14 +25,12 @@ from trainer_world import tiny_config, tiny_model, tiny_trainer, weights
 RANK_JOBS = {
     "data": dict(policy="dataset", max_steps=8, reuse_teacher_logits="topk", reuse_k=16),
     "sample": dict(policy="dataset", max_steps=6, reuse_teacher_logits="sample", reuse_k=16),
-    "adaptive": job_settings(
-        max_steps=10, save_strategy="no", replay_capacity=16, reuse_teacher_logits="topk", reuse_memory_mib=0
-    ),
+    "adaptive": job_settings(max_steps=10, save_strategy="no", replay_capacity=16, reuse_teacher_logits="topk"),
 }
 
 
 def reuse_trainer(out, **overrides):
-    """The job that is interrupted and resumed: several epochs, fresh and replayed batches, records in a file too."""
+    """The job that is interrupted and resumed: several epochs, fresh and replayed batches."""
     settings = dict(reuse_teacher_logits="topk", reuse_k=8, replay_capacity=8, eval_steps=100) | overrides
     return tiny_trainer(
         tiny_config(out, **job_settings(**settings)), rows=12, model=tiny_model(1, attention_dropout=0.2)

@@ -186,7 +186,7 @@ def test_killed_and_flipped_a_hundred_times(tmp_path):
         shutil.rmtree(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("step", ["write_shard", "write", "rename_shard"])
+@pytest.mark.parametrize("step", ["write_shard", "write", "move_into_place"])
 def test_kill_between_the_steps_of_a_shard(tmp_path, monkeypatch, step):
     """The windows that a random kill seldom meets: before and after each of the three steps."""
     from distillm_ext.teacher import writer as module

@@ -128,9 +128,8 @@ def _finish(trainer: Any, console: Any) -> None:
         return
     console.print(f"student saved to {final}", highlight=False, soft_wrap=True)
     history = trainer.state.log_history
-    if "reuse_memory_mib" in (history[-1] if history else {}):
-        held = {name: history[-1][f"reuse_{name}_mib"] for name in ("memory", "disk")}
-        console.print(f"kept teacher logits: {held['memory']:.1f} MiB in memory, {held['disk']:.1f} MiB on disk")
+    if "reuse_disk_mib" in (history[-1] if history else {}):
+        console.print(f"kept teacher logits: {history[-1]['reuse_disk_mib']:.1f} MiB")
     if any("loss" in entry for entry in history):
         plot = plot_training(history, final.parent / "training.png", warmup_steps=trainer.args.warmup_objective_steps)
         console.print(f"plot: {plot}", highlight=False, soft_wrap=True)

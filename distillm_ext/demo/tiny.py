@@ -22,6 +22,8 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from distillm_ext.data.batches import pad_rows
+
 LETTERS = "abcdef"
 _CHARACTERS = " =+-:\n" + string.digits + string.ascii_lowercase
 
@@ -187,14 +189,10 @@ def _teacher_batch(tokenizer: Any, rows: list[dict[str, str]]) -> dict[str, torc
     """Right-padded batch with labels on the answers."""
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
     answers = tokenizer([row["completion"] for row in rows])["input_ids"]
-    pairs = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in zip(prompts, answers, strict=True)]
-    width = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    input_ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    labels = torch.full((len(rows), width), -100)
-    attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for row, (prompt, answer) in enumerate(pairs):
-        length = len(prompt) + len(answer)
-        input_ids[row, :length] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : length] = torch.tensor(answer)
-        attention_mask[row, :length] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    end = tokenizer.eos_token_id
+    token_rows = [
+        {"input_ids": [*prompt, *answer, end], "loss_mask": [0] * len(prompt) + [1] * (len(answer) + 1)}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    padded = pad_rows(token_rows, tokenizer.pad_token_id)
+    return dict(zip(("input_ids", "attention_mask", "labels"), map(torch.from_numpy, padded), strict=True))

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from distillm_ext.data.batches import IGNORE_INDEX, pad_rows
 from distillm_ext.functional import distillation_loss
 from distillm_ext.generation import SamplingParams, generate_responses
 from distillm_ext.generation.ends import end_token_ids
@@ -205,28 +206,20 @@ def _batch_sums(
     vocab_size: int | None,
 ) -> Tensor:
     """Sums over the batch's targets: KL, cross-entropy, agreements, count. [4] float64 on the CPU."""
-    width = max(len(row["input_ids"]) for row in batch)
-    input_ids = torch.full((len(batch), width), pad_token_id)
-    attention_mask = torch.zeros(len(batch), width, dtype=torch.long)
-    targets = torch.zeros(len(batch), width, dtype=torch.bool)
-    for index, row in enumerate(batch):
-        length = len(row["input_ids"])
-        input_ids[index, :length] = torch.tensor(row["input_ids"])
-        attention_mask[index, :length] = 1
-        targets[index, :length] = torch.tensor(row["loss_mask"], dtype=torch.bool)
+    input_ids, attention_mask, labels = map(torch.from_numpy, pad_rows(batch, pad_token_id))
     # Position t predicts token t + 1.
-    predicts = targets[:, 1:]
+    predicts = labels[:, 1:] != IGNORE_INDEX
     if not predicts.any():
         return torch.zeros(4, dtype=torch.float64)
-    labels = input_ids[:, 1:][predicts].to(student.device)
+    targets = labels[:, 1:][predicts].to(student.device)
     ours = _logits(student, input_ids, attention_mask, predicts)
     sums = [torch.zeros((), device=ours.device)] * 4
-    sums[1] = functional.cross_entropy(ours.float(), labels, reduction="sum")
+    sums[1] = functional.cross_entropy(ours.float(), targets, reduction="sum")
     sums[3] = predicts.sum().to(ours.device)
     if teacher is not None:
         theirs = _logits(teacher, input_ids, attention_mask, predicts).to(ours.device)
         shared = min(ours.shape[-1], theirs.shape[-1], vocab_size or ours.shape[-1])
-        sums[0] = distillation_loss(ours, theirs, labels, divergence="forward_kl", reduction="sum", vocab_size=shared)
+        sums[0] = distillation_loss(ours, theirs, targets, divergence="forward_kl", reduction="sum", vocab_size=shared)
         sums[2] = (ours[:, :shared].argmax(dim=-1) == theirs[:, :shared].argmax(dim=-1)).sum()
     return torch.stack([value.double() for value in sums]).cpu()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from distillm_ext.files import move_into_place
 
 History = Sequence[Mapping[str, Any]]
 _SOURCES = {"data": "#4c72b0", "teacher": "#8172b3", "epoch": "#937860", "fresh": "#dd8452", "replay": "#55a868"}
@@ -57,7 +58,7 @@ def plot_training(log_history: History, path: str | Path, *, title: str = "", wa
         figure.suptitle(title)
     temporary = target.with_name(f".{target.name}.tmp{target.suffix}")
     figure.savefig(temporary, dpi=120)
-    os.replace(temporary, target)
+    move_into_place(temporary, target)
     return target
 
 

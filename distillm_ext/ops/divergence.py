@@ -134,30 +134,37 @@ def scaled_gradient(gradient: Tensor, scale: Tensor) -> Tensor:
     return gradient
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, gradient, metrics = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gradient, metrics)
-    ctx.need_gradient = inputs[-2]
-    if ctx.need_gradient:
-        ctx.save_for_backward(gradient)
-
-
 def refuse_second_derivative() -> None:
     """To be called in every backward."""
     if torch.is_grad_enabled():
         raise RuntimeError("distillm_ext losses have no second derivative; call backward without create_graph=True.")
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 15
-    if grad_loss is None:
-        return (None, *nothing)
-    if not ctx.need_gradient:
-        raise RuntimeError("distillm_ext::divergence was called with need_gradient=False; call it with True to train.")
-    refuse_second_derivative()
-    (gradient,) = ctx.saved_tensors
-    return (scaled_gradient(gradient, grad_loss), *nothing)
+def register_row_gradient(name: str) -> None:
+    """Autograd of an operator (student, …, need_gradient, …) → (losses [R], their gradient by the student or [0], …).
+
+    The backward pass scales the rows of that gradient; no other input gets one, and no other output passes one on.
+    """
+    arguments = [argument.name for argument in getattr(torch.ops.distillm_ext, name).default._schema.arguments]
+    place, nothing = arguments.index("need_gradient"), (None,) * (len(arguments) - 1)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.need_gradient = inputs[place]
+        if ctx.need_gradient:
+            ctx.save_for_backward(output[1])
+
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None, *nothing)
+        if not ctx.need_gradient:
+            raise RuntimeError(f"distillm_ext::{name} was called with need_gradient=False; call it with True to train.")
+        refuse_second_derivative()
+        (gradient,) = ctx.saved_tensors
+        return (scaled_gradient(gradient, grad_loss), *nothing)
+
+    torch.library.register_autograd(f"distillm_ext::{name}", backward, setup_context=setup_context)
 
 
-torch.library.register_autograd("distillm_ext::divergence", _backward, setup_context=_setup_context)
+register_row_gradient("divergence")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .divergence import refuse_second_derivative, row_outputs, scaled_gradient
+from .divergence import register_row_gradient, row_outputs
 
 
 def logprob_divergence(
@@ -46,26 +44,4 @@ def _logprob_divergence_fake(
     return loss, student.new_empty(student.shape if need_gradient else (0,))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, gradient = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gradient)
-    ctx.need_gradient = inputs[-1]
-    if ctx.need_gradient:
-        ctx.save_for_backward(gradient)
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * 6
-    if grad_loss is None:
-        return (None, *nothing)
-    if not ctx.need_gradient:
-        raise RuntimeError(
-            "distillm_ext::logprob_divergence was called with need_gradient=False; call it with True to train."
-        )
-    refuse_second_derivative()
-    (gradient,) = ctx.saved_tensors
-    return (scaled_gradient(gradient, grad_loss), *nothing)
-
-
-torch.library.register_autograd("distillm_ext::logprob_divergence", _backward, setup_context=_setup_context)
+register_row_gradient("logprob_divergence")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .divergence import DivergenceOptions, RowSides, refuse_second_derivative, row_outputs, scaled_gradient
+from .divergence import DivergenceOptions, RowSides, register_row_gradient, row_outputs
 from .divergence_inplace import overwrite
 
 
@@ -65,9 +65,6 @@ def sparse_divergence_over(
     return torch.ops.distillm_ext.sparse_divergence_(student, *_arguments(teacher, sides, options, 0))
 
 
-_ARGUMENTS = 21
-
-
 @torch.library.register_fake("distillm_ext::sparse_divergence")
 def _sparse_divergence_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     loss, _ = row_outputs(student, need_metrics=False)
@@ -79,26 +76,4 @@ def _sparse_divergence_inplace_fake(student: Tensor, *arguments: Any) -> Tensor:
     return row_outputs(student, need_metrics=False)[0]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, gradient = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(gradient)
-    ctx.need_gradient = inputs[-1]
-    if ctx.need_gradient:
-        ctx.save_for_backward(gradient)
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing: tuple[None, ...] = (None,) * (_ARGUMENTS - 1)
-    if grad_loss is None:
-        return (None, *nothing)
-    if not ctx.need_gradient:
-        raise RuntimeError(
-            "distillm_ext::sparse_divergence was called with need_gradient=False; call it with True to train."
-        )
-    refuse_second_derivative()
-    (gradient,) = ctx.saved_tensors
-    return (scaled_gradient(gradient, grad_loss), *nothing)
-
-
-torch.library.register_autograd("distillm_ext::sparse_divergence", _backward, setup_context=_setup_context)
+register_row_gradient("sparse_divergence")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distillm_ext import _codec
-from distillm_ext.files import sync_directory, write_text
+from distillm_ext.files import write_text
 
 from .errors import CacheDamaged, CacheError, CacheMismatch
 
@@ -138,7 +138,6 @@ class Manifest:
             "shards": [asdict(shard) for shard in self.shards],
         }
         write_text(path, json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True) + "\n")
-        sync_directory(path.parent)
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

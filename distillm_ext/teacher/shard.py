@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-
-from distillm_ext.files import sync_directory
 
 from .errors import CacheDamaged
 from .manifest import ShardInfo
@@ -121,13 +118,10 @@ def _batch(rows: Sequence[StoredRow]) -> pa.RecordBatch:
 
 
 def write_shard(temporary: Path, name: str, rows: Sequence[StoredRow]) -> ShardInfo:
-    """Writes the shard to a temporary name, forces it to the disk; the caller renames it to `name`."""
+    """Writes the shard to a temporary name; the caller moves it into place as `name`."""
     batch = _batch(rows)
-    with open(temporary, "wb") as out:
-        with pa.ipc.new_file(out, batch.schema) as writer:
-            writer.write_batch(batch)
-        out.flush()
-        os.fsync(out.fileno())
+    with open(temporary, "wb") as out, pa.ipc.new_file(out, batch.schema) as writer:
+        writer.write_batch(batch)
     with open(temporary, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
         bulk = _bulk_ranges(memory)
         return ShardInfo(
@@ -139,11 +133,6 @@ def write_shard(temporary: Path, name: str, rows: Sequence[StoredRow]) -> ShardI
             structure=_digest(memory, _complement(bulk, len(memory))),
             bulk=bulk,
         )
-
-
-def rename_shard(temporary: Path, target: Path) -> None:
-    os.replace(temporary, target)
-    sync_directory(target.parent)
 
 
 def _bulk_ranges(memory: mmap.mmap) -> tuple[tuple[int, int], ...]:

@@ -1,6 +1,6 @@
 """`CacheWriter`: fills a cache shard by shard; what was written survives a kill at any moment.
 
-A shard is written to a temporary name, synced, announced by a small manifest of its own (`shard-*.json`), and renamed.
+A shard is written to a temporary name, announced by a small manifest of its own (`shard-*.json`), synced and renamed.
 `finish` joins those into `manifest.json`. A restart removes what was cut off and skips the rows that are there.
 """
 
@@ -13,12 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from distillm_ext.files import move_into_place
 from distillm_ext.paths import expand_path
 
 from .errors import CacheDamaged, CacheError
 from .manifest import MANIFEST, CacheSpec, Manifest, ShardInfo
 from .rows import Targets, Tokens, as_spans, as_tokens, store_row
-from .shard import Shard, StoredRow, rename_shard, row_key, write_shard
+from .shard import Shard, StoredRow, row_key, write_shard
 
 _NAME = re.compile(r"shard-(\d{5})-(\d{6})\.(arrow|json)")
 
@@ -110,7 +111,7 @@ class CacheWriter:
         temporary = self.path / f"{name}.tmp"
         info = write_shard(temporary, name, self._pending)
         Manifest(self.spec, (info,)).write((self.path / name).with_suffix(".json"))
-        rename_shard(temporary, self.path / name)
+        move_into_place(temporary, self.path / name)
         self._next += 1
         self._pending, self._pending_bytes = [], 0
 

@@ -14,7 +14,6 @@ Files of ours in `checkpoint-N`:
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -25,6 +24,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from distillm_ext.files import move_into_place, sync_path, write_text
+
 STATE_FILE = "distillation_state.json"
 MARKER_FILE = "complete.json"
 FORMAT_VERSION = 1
@@ -32,26 +33,9 @@ _SAFETENSORS_NAMES = {torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
-def fsync_path(path: Path) -> None:
-    """Forces a file's content, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace_into(temporary: Path, path: Path) -> None:
-    fsync_path(temporary)
-    os.replace(temporary, path)
-    fsync_path(path.parent)
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file under a temporary name, forces it to the disk and renames it: it is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _replace_into(temporary, path)
+    """Writes a JSON file that is whole or absent."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file in the same way as `write_json`.
+    """Writes a safetensors file that is whole or absent.
 
     Tensor by tensor: safetensors' own writer makes a copy of all of them first, and what is stored here may be mapped
     from a file that is larger than the memory.
@@ -96,7 +80,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             file.write(arrays[name].numpy().data.cast("B") if arrays[name].numel() else b"")
-    _replace_into(temporary, path)
+    move_into_place(temporary, path)
 
 
 def sequences_file(folder: Path, rank: int, world_size: int) -> Path:
@@ -136,8 +120,8 @@ def load_state(folder: Path) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
 def mark_complete(folder: Path, *, step: int, resumable: bool) -> None:
     """Forces every file of the checkpoint to the disk, then writes the marker."""
     for path in sorted(folder.rglob("*"), reverse=True):
-        fsync_path(path)
-    fsync_path(folder)
+        sync_path(path)
+    sync_path(folder)
     write_json(folder / MARKER_FILE, {"version": FORMAT_VERSION, "step": step, "resumable": resumable})
 
 
@@ -167,7 +151,7 @@ def newest_complete_checkpoint(output_dir: str | Path) -> str | None:
 def remove_checkpoint(folder: Path) -> None:
     """Deletes a checkpoint, the marker first: killed in between, it must not look complete."""
     (folder / MARKER_FILE).unlink(missing_ok=True)
-    fsync_path(folder)
+    sync_path(folder)
     shutil.rmtree(folder)
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from distillm_ext.data.batches import IGNORE_INDEX, pad_rows
 from distillm_ext.teacher.keys import sequence_key
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -41,30 +40,17 @@ class DistillationCollator:
     pad_to_multiple_of: int = 1
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        rows = [np.asarray(feature["input_ids"], dtype=np.int64) for feature in features]
-        masks = [np.asarray(feature["loss_mask"], dtype=bool) for feature in features]
-        length = -(-max(len(row) for row in rows) // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = np.full((len(rows), length), self.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros_like(input_ids)
-        labels = np.full_like(input_ids, IGNORE_INDEX)
-        for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
-            if len(row) != len(mask):
-                raise ValueError(
-                    f"loss_mask: expected {len(row)} entries, one per token of input_ids, got {len(mask)} "
-                    f"(row {features[index].get('row', index)})"
-                )
-            input_ids[index, : len(row)] = row
-            attention_mask[index, : len(row)] = 1
-            labels[index, : len(row)] = np.where(mask, row, IGNORE_INDEX)
+        input_ids, attention_mask, labels = pad_rows(features, self.pad_token_id, multiple_of=self.pad_to_multiple_of)
         batch: dict[str, Any] = dict(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
         batch["positions"], batch["targets"] = target_positions(labels)
         for name in ("prompt_length", "row"):
             batch[name] = np.array([feature[name] for feature in features], dtype=np.int64)
         tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        rows = zip(input_ids, labels != IGNORE_INDEX, attention_mask.sum(axis=1), strict=True)
         return {
             **tensors,
             "num_tokens": int(attention_mask.sum()),
-            "keys": [sequence_key(row, mask) for row, mask in zip(rows, masks, strict=True)],
+            "keys": [sequence_key(ids[:length], mask[:length]) for ids, mask, length in rows],
             "row_targets": (labels[:, 1:] != IGNORE_INDEX).sum(axis=1).tolist(),
             "row_numbers": batch["row"].tolist(),
         }

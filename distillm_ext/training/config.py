@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,9 +105,9 @@ class DistillationConfig(TrainingArguments):
     )  # fmt: skip
     reuse_k: int = _option(64, "Entries (or draws) kept per position. In [1, 1024].")
     reuse_codec: str = _option("q8", f"How kept entries are stored: one of {', '.join(CODECS)}.")
-    reuse_memory_mib: int = _option(
-        1024, "MiB of kept teacher logits that one process holds in memory; the rest goes to memory-mapped files in "
-        "output_dir. >= 0."
+    reuse_memory_mib: int | None = _option(
+        None, "Not used any more; a value is warned about. Kept teacher logits lie in temporary files in output_dir; "
+        "the system's page cache keeps in memory what fits."
     )  # fmt: skip
     teacher_dtype: str = _option("auto", f"Dtype of the teacher: one of {', '.join(TEACHER_DTYPES)}.")
     nan_policy: str = _option(
@@ -127,6 +128,13 @@ class DistillationConfig(TrainingArguments):
         self._check_choices()
         self._check_ranges()
         self._check_combinations()
+        if self.reuse_memory_mib is not None:
+            warnings.warn(
+                "reuse_memory_mib: not used any more, leave it out; kept teacher logits lie in temporary files in "
+                "output_dir, of which the system's page cache keeps in memory what fits",
+                FutureWarning,
+                stacklevel=3,
+            )
         self.sampling_params = self._sampling_params()
         self.template_kwargs = checked_template_kwargs(self.chat_template_kwargs)
         if self.policy == "adaptive_off_policy" and self.schedule == "reference":
@@ -169,7 +177,7 @@ class DistillationConfig(TrainingArguments):
         if self.divergence == "interpolated" and self.alpha is None:
             raise ValueError("alpha: divergence 'interpolated' needs the teacher's share in [0, 1]; got None")
         lengths = ("replay_capacity", "max_prompt_length", "max_length", "max_new_tokens", "generation_batch_size")
-        from_zero = ("warmup_objective_steps", "reuse_memory_mib")
+        from_zero = ("warmup_objective_steps",)
         for name in (*lengths, *from_zero, "reuse_k"):
             value, least = getattr(self, name), 0 if name in from_zero else 1
             if value is None and name == "generation_batch_size":

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillm_ext.teacher.records import MemoryBudget, RecordStore
+from distillm_ext.teacher.records import RecordStore
 from distillm_ext.training.sequences import TokenSequence
 
 MIB = 2**20
@@ -53,8 +53,7 @@ class ReuseStores:
 
     Args:
         record_bytes: bytes per target.
-        memory_limit: bytes of both stores of this process in memory; the rest goes to files.
-        folder: where those files go.
+        folder: where the stores' temporary files go.
         rank, world_size: of this process.
         num_rows: rows of the training set.
         gather: list of this process → the lists of all processes, one after the other.
@@ -64,16 +63,14 @@ class ReuseStores:
         self,
         record_bytes: int,
         *,
-        memory_limit: int,
         folder: Path,
         rank: int,
         world_size: int,
         num_rows: int,
         gather: Callable[[list[Any]], list[Any]],
     ) -> None:
-        budget = MemoryBudget(memory_limit)
-        self.data = RecordStore(record_bytes, budget, folder / f"teacher-data-{rank:05d}.spill")
-        self.replay = RecordStore(record_bytes, budget, folder / f"teacher-replay-{rank:05d}.spill")
+        self.data = RecordStore(record_bytes, folder)
+        self.replay = RecordStore(record_bytes, folder)
         self.rank = rank
         self.world_size = world_size
         self.num_rows = num_rows
@@ -129,12 +126,8 @@ class ReuseStores:
     # ---- sizes and checkpoints
 
     def sizes(self) -> dict[str, float]:
-        """MiB of records in memory and on disk."""
-        stores = (self.data, self.replay)
-        return {
-            "reuse_memory_mib": sum(store.memory_bytes for store in stores) / MIB,
-            "reuse_disk_mib": sum(store.disk_bytes for store in stores) / MIB,
-        }
+        """MiB of records."""
+        return {"reuse_disk_mib": (self.data.nbytes + self.replay.nbytes) / MIB}
 
     def pack(self) -> dict[str, Tensor]:
         """This process's part of a checkpoint; the rows of the data, equal on all, are the first one's."""

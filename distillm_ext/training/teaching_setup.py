@@ -16,7 +16,7 @@ from distillm_ext.teacher.keys import sequence_key
 from distillm_ext.teacher.settings import CompressionSettings
 from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
-from distillm_ext.training.reuse import MIB, ReuseStores
+from distillm_ext.training.reuse import ReuseStores
 from distillm_ext.training.reuse_checks import check_cache_policy, check_compressed_loss, tail_of
 from distillm_ext.training.teacher import ModelTeacher
 from distillm_ext.training.teaching import CompressedTeaching, DenseTeaching
@@ -145,7 +145,6 @@ def make_teaching(
         return DenseTeaching(model)
     stores = ReuseStores(
         settings.record_bytes,
-        memory_limit=args.reuse_memory_mib * MIB,
         folder=Path(str(args.output_dir)),
         rank=args.process_index,
         world_size=args.world_size,

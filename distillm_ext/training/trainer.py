@@ -76,7 +76,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
     `time_loss` / `time_other` (shares of the time, evaluation and checkpoints left out; where the loss is fused with
     the heads, their products count as loss). `state.log_history` also has `batch_source`, the source of the last step.
     With compressed teacher logits also `teacher_rows` and `reused_rows` (rows whose teacher output was computed, and
-    taken from store or cache, since the last log), `reuse_memory_mib` and `reuse_disk_mib` (all processes).
+    taken from store or cache, since the last log) and `reuse_disk_mib` (MiB of kept teacher logits, all processes).
     Evaluation reports `eval_loss` (next-token cross-entropy on the ground truth, nats per token) and `eval_divergence`
     (KL(teacher ‖ student)), both weighted by token.
 

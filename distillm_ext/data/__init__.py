@@ -1,0 +1,1 @@
+"""Data: what training, capture, evaluation and demo make of token rows alike."""
