@@ -160,6 +160,7 @@ inline Array<uint8_t> restore_records(const Array<uint8_t>& flat, const Array<in
 
 inline void define_records(py::module_& m) {
   using py::arg;
+  m.attr("MAX_K") = kMaxEntries;
   m.def(
       "pack_logits", &pack_logits, arg("ids").noconvert(), arg("logprobs").noconvert(), arg("log_norm").noconvert(),
       arg("tail_logprob").noconvert(), arg("label_logprob").noconvert().none(true), arg("valid").noconvert(),

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+# Most entries, or draws, that a record keeps of a row.
+MAX_K: int
+
 def pack_ids(ids: NDArray[np.int32], bits: int) -> NDArray[np.uint8]: ...
 def unpack_ids(packed: NDArray[np.uint8], k: int, bits: int) -> NDArray[np.int32]: ...
 def pack_logits(

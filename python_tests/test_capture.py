@@ -269,7 +269,7 @@ def test_bad_arguments_end_in_one_sentence(world, tmp_path, capsys, arguments, m
     ("change", "message"),
     [
         (dict(k=0), "k: must be at least 1, got 0"),
-        (dict(k=1025), "k: must be at most 1024, got 1025"),
+        (dict(k=4097), "k: must be at most 4096, got 4097"),
         (dict(method="top"), "method: must be one of topk, sample, got 'top'"),
         (dict(codec="q5"), "codec: must be one of q4, q6, q8, fp16, exact, got 'q5'"),
         (dict(dtype="int8"), "dtype: must be one of auto, float32, bfloat16, float16, got 'int8'"),

@@ -211,7 +211,7 @@ def test_beyond_the_limit_records_go_to_a_file_and_the_run_stays_the_same(tmp_pa
         (dict(reuse_teacher_logits="sample", temperature=2.0), "temperature: must be 1 with sampled"),
         (dict(reuse_teacher_logits="sample", divergence="skew_reverse_kl", alpha=0.0), "with alpha 0"),
         (dict(reuse_k=0), "reuse_k: expected an int >= 1"),
-        (dict(reuse_k=2000), r"reuse_k: expected an int in \[1, 1024\], got 2000"),
+        (dict(reuse_k=5000), r"reuse_k: expected an int in \[1, 4096\], got 5000"),
         (dict(reuse_codec="q5"), "reuse_codec: expected one of q4"),
         (dict(reuse_memory_mib=-1), "reuse_memory_mib: expected an int >= 0"),
     ],
