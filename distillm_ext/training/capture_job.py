@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from distillm_ext._codec import MAX_K
 from distillm_ext.compression import checked_temperatures
 from distillm_ext.containers_compressed import METHODS
 from distillm_ext.generation.positions import check_positions
+from distillm_ext.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
 from distillm_ext.models.loading import load_teacher, load_tokenizer
 from distillm_ext.models.vocabulary import check_dataset_ids, compared_vocabulary, padding_id, tokenizer_size
 from distillm_ext.packing import CODECS
@@ -32,7 +34,6 @@ from distillm_ext.teacher import (
 from distillm_ext.teacher.capture import CaptureCount, capture_rows
 from distillm_ext.training.collators import DistillationCollator, move_batch
 from distillm_ext.training.data import prepare_dataset
-from distillm_ext.training.reuse_checks import MAX_K
 from distillm_ext.training.row_checks import checked_template_kwargs
 from distillm_ext.training.row_origin import keep_origin, name_row, origin_of
 from distillm_ext.training.rows import load_rows
@@ -69,8 +70,8 @@ class CaptureSettings:
     codec: str = "q8"
     temperatures: tuple[float, ...] = (1.0,)
     seed: int = 0
-    max_prompt_length: int = 256
-    max_length: int = 512
+    max_prompt_length: int = MAX_PROMPT_LENGTH
+    max_length: int = MAX_LENGTH
     batch_size: int = 8
     dtype: str = "float32"
     rows: int = 0
