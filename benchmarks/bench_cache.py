@@ -21,7 +21,7 @@ from harness import Row, environment, publish
 
 from distillm_ext import _codec
 from distillm_ext.packing import CODECS, record_bytes
-from distillm_ext.teacher import CacheSpec, CacheWriter, TeacherCache, finish_cache
+from distillm_ext.teacher import CacheSpec, CacheWriter, CompressionSettings, TeacherCache, finish_cache
 
 DISTILLKIT = {(151_936, 128): 344, (151_936, 50): 127}
 
@@ -39,14 +39,14 @@ def sizes() -> list[Row]:
 
 def fill(path: Path, spec: CacheSpec, rows: int, length: int) -> list[np.ndarray]:
     """Sequences with records of random distributions (a few, repeated: packing is not what is measured)."""
-    rng = np.random.default_rng(0)
-    ids = np.stack([np.sort(rng.choice(spec.vocab_size, spec.k, replace=False)) for _ in range(64)]).astype(np.int32)
-    z = -np.sort(rng.exponential(1.0, (64, spec.k)).cumsum(-1) / 8, -1).astype(np.float32)
+    rng, kept = np.random.default_rng(0), spec.compression
+    ids = np.stack([np.sort(rng.choice(kept.vocab_size, kept.k, replace=False)) for _ in range(64)]).astype(np.int32)
+    z = -np.sort(rng.exponential(1.0, (64, kept.k)).cumsum(-1) / 8, -1).astype(np.float32)
     z -= np.log(np.exp(z).sum(-1, keepdims=True) / 0.95).astype(np.float32)
     zeros, valid = np.zeros((64, 1), np.float32), np.ones(64, bool)
     tail = np.full((64, 1), np.log(0.05), np.float32)
-    pool = _codec.pack_logits(ids, z, zeros, tail, zeros[:, 0].copy(), valid, None, spec.vocab_size, (1.0,), spec.codec)
-    sequences = [rng.integers(0, spec.vocab_size, length).astype(np.int32) for _ in range(rows)]
+    pool = _codec.pack_logits(ids, z, zeros, tail, zeros[:, 0].copy(), valid, None, kept.vocab_size, (1.0,), kept.codec)
+    sequences = [rng.integers(0, kept.vocab_size, length).astype(np.int32) for _ in range(rows)]
     with CacheWriter(path, spec) as writer:
         for tokens in sequences:
             writer.add(tokens, length // 4, pool[rng.integers(0, 64, length - length // 4)])
@@ -69,7 +69,7 @@ def speeds(rows: int, length: int) -> list[Row]:
     table = []
     for codec in ("q4", "q8"):
         with tempfile.TemporaryDirectory() as folder:
-            spec = CacheSpec(151_936, 64, codec=codec)
+            spec = CacheSpec(CompressionSettings(151_936, 64, codec=codec))
             start = time.perf_counter()
             sequences = fill(Path(folder), spec, rows, length)
             written = rows / (time.perf_counter() - start)

@@ -164,6 +164,7 @@ PYBIND11_MODULE(_codec, m) {
   using namespace distillm;
   using py::arg;
   m.doc() = "NumPy codec of packed teacher logits; needs no torch.";
+  m.attr("MAX_K") = kMaxEntries;
   m.def(
       "pack_logits", &pack_logits, arg("ids").noconvert(), arg("logprobs").noconvert(), arg("log_norm").noconvert(),
       arg("tail_logprob").noconvert(), arg("label_logprob").noconvert().none(true), arg("valid").noconvert(),

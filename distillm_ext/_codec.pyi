@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+# Most entries, or draws, that a record keeps of a row.
+MAX_K: int
+
 def pack_logits(
     ids: NDArray[np.int32],
     logprobs: NDArray[np.float32],

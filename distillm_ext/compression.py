@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._codec import MAX_K
 from .containers import CompressedLogits, LinearHead
 from .containers_compressed import METHODS
 from .linear_checks import _check_head, checked_chunk
@@ -46,7 +47,7 @@ def compress_logits(
 
     Args:
         logits: [..., V] of the teacher; float32, bfloat16 or float16 (float64 on the CPU); any strides.
-        k: entries to keep or draw, 1 to 1024, or up to V.
+        k: entries to keep or draw, 1 to 4096, the most that a packed record holds, or up to V.
         method: "topk" or "sample".
         temperatures: 1 to 16 positive numbers, the T at which `log_norm` and `tail_logprob` are wanted.
         labels: [...], integer; their log-probabilities are kept too.
@@ -188,8 +189,8 @@ def _check_logits(logits: Tensor) -> None:
 def _check_k(k: int, vocab: int) -> None:
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k must be an int, got {type(k).__name__}.")
-    if not 1 <= k <= max(1024, vocab):
-        raise ValueError(f"k must lie in 1..1024, or up to the vocabulary of {vocab}, got {k}.")
+    if not 1 <= k <= max(MAX_K, vocab):
+        raise ValueError(f"k must lie in 1..{MAX_K}, or up to the vocabulary of {vocab}, got {k}.")
 
 
 def checked_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:

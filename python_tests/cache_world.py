@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import packing_cases as cases
 
-from distillm_ext.teacher import CacheSpec, CacheWriter, TeacherCache, finish_cache
+from distillm_ext.teacher import CacheSpec, CacheWriter, CompressionSettings, TeacherCache, finish_cache
 
 VOCAB, K = 300, 6
 SPECS = {
-    "topk": CacheSpec(VOCAB, K, teacher="t" * 64, tokenizer="k" * 64, dataset="d" * 64),
-    "sample": CacheSpec(VOCAB, K, method="sample", codec="q6", labels=False),
+    "topk": CacheSpec(CompressionSettings(VOCAB, K), teacher="t" * 64, tokenizer="k" * 64, dataset="d" * 64),
+    "sample": CacheSpec(CompressionSettings(VOCAB, K, method="sample", codec="q6", labels=False)),
 }
 _POOL = {
     "topk": cases.make(90, VOCAB, K, "topk", (1.0,)).pack("q8"),

@@ -108,9 +108,9 @@ def test_dtypes(world, tmp_path):
     with pytest.raises(ValueError, match="student.dtype must be auto, float32"):
         load_student({"name": str(half), "dtype": "int8"})
 
-    def loaded(student, **training):
-        values = {"student": student, "teacher": str(half), "dataset": "x.jsonl", "training": training}
-        models = load_models(settings_from_dict(values, "test"))
+    def loaded(student, teacher_dtype="auto"):
+        values = {"student": student, "teacher": str(half), "dataset": "x.jsonl"}
+        models = load_models(settings_from_dict(values, "test"), teacher_dtype)
         return models.student.dtype, models.teacher.dtype
 
     assert loaded(str(half)) == (torch.float32, torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from distillm_ext.teacher import (
     CacheMiss,
     CacheSpec,
     CacheWriter,
+    CompressionSettings,
     TeacherCache,
     finish_cache,
 )
@@ -48,8 +50,8 @@ def test_lookup_unpacks_a_batch_end_to_end(tmp_path, method):
     chosen = [11, 3, 8, 3]
     compressed = cache.lookup([torch.from_numpy(make_row(method, n)[0]) for n in chosen])
     packed = torch.from_numpy(np.concatenate([make_row(method, n)[2] for n in chosen]))
-    spec = SPECS[method]
-    expected = type(compressed).unpack(packed, codec=spec.codec, k=K, vocab_size=VOCAB, method=method)
+    codec = SPECS[method].compression.codec
+    expected = type(compressed).unpack(packed, codec=codec, k=K, vocab_size=VOCAB, method=method)
     assert compressed.shape == packed.shape[:1] and compressed.method == method
     assert torch.equal(compressed.ids, expected.ids) and torch.equal(compressed.logprobs, expected.logprobs)
     one = cache.lookup(make_row(method, 3)[0].tolist(), [make_row(method, 3)[1]])
@@ -59,7 +61,7 @@ def test_lookup_unpacks_a_batch_end_to_end(tmp_path, method):
 
 def test_compressed_logits_are_packed_by_the_writer(tmp_path):
     compressed = cases.make(5, VOCAB, K, temperatures=(1.0, 2.0)).compressed()
-    spec = CacheSpec(VOCAB, K, codec="exact", temperatures=(1.0, 2.0))
+    spec = CacheSpec(CompressionSettings(VOCAB, K, codec="exact", temperatures=(1.0, 2.0)))
     with CacheWriter(tmp_path, spec) as writer:
         assert writer.add([1, 2, 3, 4, 5, 6], 1, compressed)
         assert not writer.add([1, 2, 3, 4, 5, 6], 1, compressed) and len(writer) == 1
@@ -156,6 +158,14 @@ def test_handles_are_reopened_in_workers(tmp_path):
         assert pool.submit(read_in_worker, cache).result() == 30
 
 
+def test_a_manifest_gives_the_settings_back(tmp_path):
+    spec = replace(changed("sample", seed=5), details={"name": "a note"})
+    CacheWriter(tmp_path, spec).close()
+    manifest = finish_cache(tmp_path, spec)
+    assert TeacherCache.open(tmp_path).manifest == manifest and manifest.spec == spec
+    assert json.loads((tmp_path / "manifest.json").read_text())["details"] == {"name": "a note", "seed": 5}
+
+
 def test_packed_bytes_need_no_torch(tmp_path):
     world.finished(tmp_path)
     tokens = make_row("topk", 4)[0].tolist()
@@ -176,14 +186,39 @@ def test_another_teacher_tokenizer_or_dataset(tmp_path):
         TeacherCache.open(tmp_path, teacher="t" * 64, tokenizer="x", dataset=[{"text": "a"}])
 
 
-@pytest.mark.parametrize("change", [dict(k=7), dict(codec="q4"), dict(teacher="other"), dict(temperatures=(1, 2))])
-def test_a_folder_of_other_settings_is_refused(tmp_path, change):
+def changed(of, /, **change):
+    spec = SPECS[of]
+    return (
+        replace(spec, **change)
+        if "teacher" in change
+        else replace(spec, compression=replace(spec.compression, **change))
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        ("topk", dict(k=7)),
+        ("topk", dict(codec="q4")),
+        ("topk", dict(teacher="other")),
+        ("topk", dict(temperatures=(1, 2))),
+        ("topk", dict(method="sample")),
+        ("sample", dict(labels=True)),
+        ("sample", dict(seed=5)),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(tmp_path, method, change):
     name = next(iter(change))
-    world.write(tmp_path, rows=5)
+    world.write(tmp_path, method, rows=5)
     with pytest.raises(CacheMismatch, match=f"other settings .*{name}: .* there, .* here"):
-        CacheWriter(tmp_path, replace(SPECS["topk"], **change))
+        CacheWriter(tmp_path, changed(method, **change))
     with pytest.raises(CacheMismatch, match=name):
-        finish_cache(tmp_path, replace(SPECS["topk"], **change))
+        finish_cache(tmp_path, changed(method, **change))
+
+
+def test_notes_and_a_seed_that_draws_nothing_may_differ(tmp_path):
+    world.write(tmp_path, rows=5)
+    CacheWriter(tmp_path, changed("topk", seed=5)).close()
     CacheWriter(tmp_path, replace(SPECS["topk"], details={"name": "only a note"})).close()
 
 
@@ -202,16 +237,20 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, change):
 )
 def test_rows_that_do_not_fit(tmp_path, tokens, targets, records, words):
     with CacheWriter(tmp_path, SPECS["topk"]) as writer, pytest.raises(ValueError, match=words):
-        writer.add(tokens, targets, np.zeros((records, SPECS["topk"].record_bytes), np.uint8))
+        writer.add(tokens, targets, np.zeros((records, SPECS["topk"].compression.record_bytes), np.uint8))
 
 
 def test_settings_that_do_not_fit(tmp_path):
     with CacheWriter(tmp_path, SPECS["topk"]) as writer, pytest.raises(ValueError, match="k 5, not 6; .*labels False"):
         writer.add([1, 2], 1, cases.make(1, VOCAB, 5, temperatures=(1.0,), labels=False).compressed())
     with pytest.raises(ValueError, match="method must be"):
-        CacheSpec(VOCAB, method="all")
+        CompressionSettings(VOCAB, method="all")
     with pytest.raises(ValueError, match="codec must be"):
-        CacheSpec(VOCAB, codec="zip")
+        CompressionSettings(VOCAB, codec="zip")
+    with pytest.raises(TypeError, match="compression: expected CompressionSettings, got 300"):
+        CacheSpec(VOCAB)
+    with pytest.raises(ValueError, match="details: the seed belongs to the compression, got 3"):
+        CacheSpec(SPECS["topk"].compression, details={"seed": 3})
     with pytest.raises(ValueError, match="verify must be"):
         TeacherCache.open(tmp_path, verify="none")
     with pytest.raises(CacheError, match="there is no cache"):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_ext.cli.tables import report_progress
 from distillm_ext.demo.plan import load_plan
-from distillm_ext.demo.run import CONTROL, DISTILLED, START, TEACHER, Demo, write_world_rows
+from distillm_ext.demo.run import CONTROL, DISTILLED, START, TEACHER, Demo, World, write_world_rows
 from distillm_ext.demo.tiny import make_tiny_world, make_tokenizer, train_teacher, write_rows
 from distillm_ext.demo.worlds import alpaca_messages, tiny_world
 from distillm_ext.training.settings import SettingsError, load_settings
@@ -142,6 +142,13 @@ def test_alpaca_rows_become_conversations():
 def test_too_few_rows_for_the_plan_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="there are 2 rows; ask for fewer"):
         write_world_rows(tmp_path, [{}, {}], load_plan("tiny.yaml").options, tmp_path)
+
+
+def test_training_settings_are_checked_before_a_model_is_loaded(tmp_path):
+    plan = load_plan("tiny.yaml", ["training.teacher_dtype=int8"])
+    world = World(*(tmp_path / name for name in ("nowhere", "train.jsonl", "heldout.jsonl", "validation.jsonl")))
+    with pytest.raises(ValueError, match="teacher_dtype: expected one of auto, .* got 'int8'"):
+        Demo(plan, world, tmp_path, Console(file=io.StringIO()), None)
 
 
 # ---- end to end

@@ -9,6 +9,7 @@ from distillm_ext.teacher import (
     CacheMismatch,
     CacheSpec,
     CacheWriter,
+    CompressionSettings,
     TeacherCache,
     fingerprint_dataset,
     fingerprint_model,
@@ -114,7 +115,8 @@ def test_data_sets_in_any_order_but_not_of_other_rows():
 def test_a_cache_says_which_of_them_differ(folder, tmp_path):
     teacher, tokenizer, rows = load(folder / "whole"), make_tokenizer(), [[1, 2, 3], [4, 5]]
     spec = CacheSpec(
-        len(tokenizer), 4, teacher=fingerprint_model(teacher), tokenizer=fingerprint_tokenizer(tokenizer),
+        CompressionSettings(len(tokenizer), 4),
+        teacher=fingerprint_model(teacher), tokenizer=fingerprint_tokenizer(tokenizer),
         dataset=fingerprint_dataset(rows), details={"dtype": "bfloat16"},
     )  # fmt: skip
     CacheWriter(tmp_path, spec).close()

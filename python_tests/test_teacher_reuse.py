@@ -217,7 +217,7 @@ def test_the_old_limit_of_memory_is_taken_with_a_warning(tmp_path):
         (dict(reuse_teacher_logits="sample", temperature=2.0), "temperature: must be 1 with sampled"),
         (dict(reuse_teacher_logits="sample", divergence="skew_reverse_kl", alpha=0.0), "with alpha 0"),
         (dict(reuse_k=0), "reuse_k: expected an int >= 1"),
-        (dict(reuse_k=2000), r"reuse_k: expected an int in \[1, 1024\], got 2000"),
+        (dict(reuse_k=5000), r"reuse_k: expected an int in \[1, 4096\], got 5000"),
         (dict(reuse_codec="q5"), "reuse_codec: expected one of q4"),
     ],
 )

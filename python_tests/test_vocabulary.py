@@ -150,7 +150,7 @@ def test_a_cache_over_too_few_entries_is_not_reused(tmp_path, holes):
     )  # fmt: skip
     capture(settings, processes=Processes(0, 1, 0))
     spec = TeacherCache.open(tmp_path / "cache").spec
-    assert spec.vocab_size == HIGHEST + 1
+    assert spec.compression.vocab_size == HIGHEST + 1
     parts = dict(
         processing_class=holes,
         teacher=str(tmp_path / "cache"),
@@ -161,7 +161,7 @@ def test_a_cache_over_too_few_entries_is_not_reused(tmp_path, holes):
     # As one was written when tokens were counted in place of ids.
     manifest = Manifest.read(tmp_path / "cache" / MANIFEST)
     details = {name: value for name, value in spec.details.items() if name != "tokenizer_size"}
-    old = replace(spec, vocab_size=len(holes), details=details)
+    old = replace(spec, compression=replace(spec.compression, vocab_size=len(holes)), details=details)
     replace(manifest, spec=old).write(tmp_path / "cache" / MANIFEST)
     with pytest.raises(CacheMismatch, match=f"first {len(holes)} entries.*go up to {HIGHEST}.*Capture again"):
         tiny_trainer(tiny_config(tmp_path), **parts)

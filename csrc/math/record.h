@@ -21,13 +21,11 @@
 #include <cstdint>
 
 #include "elias_fano.h"
+#include "limits.h"
 #include "quantise.h"
-#include "temperatures.h"
 
 namespace distillm {
 inline namespace DISTILLM_ISA {
-
-constexpr int kMaxEntries = 4096;
 
 enum class Codec : int32_t { kQ4, kQ6, kQ8, kFp16, kExact };
 

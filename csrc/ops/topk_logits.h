@@ -12,7 +12,7 @@
 
 #include <vector>
 
-#include "../math/temperatures.h"
+#include "../math/limits.h"
 #include "divergence.h"
 
 namespace distillm {
@@ -74,8 +74,9 @@ inline void check_topk_options(const Tensor& logits, int64_t k, const std::vecto
   check_logits(logits, "logits");
   STD_TORCH_CHECK(logits.size(1) >= 1 && logits.size(1) <= INT32_MAX / 2, "logits must have 1 to ", INT32_MAX / 2,
                   " columns, got ", logits.size(1));
-  STD_TORCH_CHECK(k >= 1 && k <= std::max<int64_t>(1024, logits.size(1)),
-                  "k must lie in 1..1024, or up to the vocabulary, got ", k);
+  // More than a record holds is for those who keep whole rows as tensors.
+  STD_TORCH_CHECK(k >= 1 && k <= std::max<int64_t>(kMaxEntries, logits.size(1)), "k must lie in 1..", kMaxEntries,
+                  ", or up to the vocabulary, got ", k);
   STD_TORCH_CHECK(!temperatures.empty() && temperatures.size() <= kMaxTemperatures, "temperatures must be 1 to ",
                   kMaxTemperatures, " numbers, got ", temperatures.size());
   for (double t : temperatures) STD_TORCH_CHECK(t > 0 && t < 1e30, "temperatures must be positive and finite, got ", t);

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from distillm_ext._codec import MAX_K
 from distillm_ext.cli.options import DATASET_HELP, DTYPE_HELP, expanded
+from distillm_ext.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
 
 INTERRUPTED = 130
 STOPPED_BY_NAN = 1
@@ -44,14 +46,14 @@ def capture(
         list[str] | None, typer.Option(metavar="OURS=THEIRS", help="A column's name in the source. Repeatable.")
     ] = None,
     rows: Annotated[int, typer.Option(min=0, help="Take the first N training rows; 0 takes all.")] = 0,
-    k: Annotated[int, typer.Option(min=1, max=1024, help="Entries kept, or drawn, per position.")] = 64,
+    k: Annotated[int, typer.Option(min=1, max=MAX_K, help="Entries kept, or drawn, per position.")] = 64,
     method: Annotated[str, typer.Option(help="topk, or sample (k draws).")] = "topk",
     codec: Annotated[str, typer.Option(help="q4, q6, q8, fp16 or exact: how log-probabilities are stored.")] = "q8",
     temperatures: Annotated[str, typer.Option(help="Temperatures of the losses to come, as 1.0,2.0.")] = "1.0",
     seed: Annotated[int, typer.Option(help="Of the draws of method sample.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a teacher forward.")] = 8,
-    max_prompt_length: Annotated[int | None, typer.Option(min=1, help="As in training; 256.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="As in training; 512.")] = None,
+    max_prompt_length: Annotated[int | None, typer.Option(min=1, help=f"As in training; {MAX_PROMPT_LENGTH}.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help=f"As in training; {MAX_LENGTH}.")] = None,
     chat_template_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help='As in training, for example {"enable_thinking": false}.')
     ] = None,
@@ -179,8 +181,8 @@ def _settings(
         teacher=model,
         dataset=rows_of,
         temperatures=_numbers(temperatures),
-        max_prompt_length=max_prompt_length or training.get("max_prompt_length", 256),
-        max_length=max_length or training.get("max_length", 512),
+        max_prompt_length=max_prompt_length or training.get("max_prompt_length", MAX_PROMPT_LENGTH),
+        max_length=max_length or training.get("max_length", MAX_LENGTH),
         chat_template_kwargs=chat_template_kwargs or training.get("chat_template_kwargs"),
         **same,
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from distillm_ext.cli.options import DATASET_HELP, DTYPE_HELP, expanded
+from distillm_ext.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
 
 NOT_FINITE = 1
 
@@ -26,11 +27,14 @@ def evaluate(
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the generated responses; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the generated responses.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    max_prompt_length: Annotated[int, typer.Option(min=1, help="Longer prompts lose their beginning.")] = 256,
+    max_prompt_length: Annotated[
+        int, typer.Option(min=1, help="Longer prompts lose their beginning.")
+    ] = MAX_PROMPT_LENGTH,
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Most tokens of prompt and response; 512, or fewer where a model has fewer positions."
+            min=2,
+            help=f"Most tokens of prompt and response; {MAX_LENGTH}, or fewer where a model has fewer positions.",
         ),
     ] = None,
     chat_template_kwargs: Annotated[
@@ -58,7 +62,7 @@ def evaluate(
     with friendly_errors():
         student, other, tokenizer = _load(model, teacher, dtype, device)
         models = {"model": student, "teacher": other}
-        most = length_within(models, 512) if max_length is None else max_length
+        most = length_within(models, MAX_LENGTH) if max_length is None else max_length
         tokens = _rows(dataset, split, rows, tokenizer, max_prompt_length, most, chat_template_kwargs)
         check_positions(models, most, setting="--max-length", rows={Path(dataset).name: tokens})
         with report_progress(console) as progress:

@@ -105,9 +105,9 @@ class Demo:
         self.settings = plan.settings(
             teacher=world.teacher, train=world.train, validation=world.validation, output_dir=output / "distilled"
         )
-        self.models = load_models(self.settings)
-        self.splits = load_splits(self.settings.dataset)
         args = self.settings.training_arguments()
+        self.models = load_models(self.settings, args.teacher_dtype)
+        self.splits = load_splits(self.settings.dataset)
         self.device = args.device
         self.heldout = prepare_dataset(
             load_rows(world.heldout),

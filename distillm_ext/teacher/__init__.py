@@ -8,6 +8,7 @@ from .cache import CacheRow, TeacherCache
 from .errors import CacheDamaged, CacheError, CacheMismatch, CacheMiss
 from .fingerprint import fingerprint_dataset, fingerprint_model, fingerprint_tokenizer
 from .manifest import CacheSpec
+from .settings import CompressionSettings
 from .writer import CacheWriter, finish_cache
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "CacheRow",
     "CacheSpec",
     "CacheWriter",
+    "CompressionSettings",
     "TeacherCache",
     "finish_cache",
     "fingerprint_dataset",

@@ -19,8 +19,6 @@ from .rows import Targets, Tokens, as_spans, as_tokens, restored_records, sequen
 from .shard import Shard, StoredRow, row_key, token_key
 
 if TYPE_CHECKING:
-    import torch
-
     from distillm_ext.containers import CompressedLogits
 
 
@@ -172,27 +170,17 @@ class TeacherCache:
         if len(wanted) != len(sequences):
             raise ValueError(f"targets must have one entry per sequence ({len(sequences)}), got {len(wanted)}")
         rows = [self.row(ids, places).packed for ids, places in zip(sequences, wanted, strict=True)]
-        return np.concatenate([*rows, np.empty((0, self.spec.record_bytes), np.uint8)])
+        return np.concatenate([*rows, np.empty((0, self.spec.compression.record_bytes), np.uint8)])
 
     def unpack(self, packed: np.ndarray, *, device: Any = "cpu") -> CompressedLogits:
         """Packed records [..., record_bytes] of this cache as `CompressedLogits` on a device."""
         import torch
 
-        from distillm_ext.packing import unpack
-
-        spec = self.spec
-        records: torch.Tensor = torch.from_numpy(packed if packed.flags.writeable else packed.copy()).to(device)
-        return unpack(
-            records,
-            codec=spec.codec,
-            k=spec.k,
-            vocab_size=spec.vocab_size,
-            temperatures=spec.temperatures,
-            method=spec.method,
-        )
+        records = torch.from_numpy(packed if packed.flags.writeable else packed.copy())
+        return self.spec.compression.unpack(records.to(device))
 
     def _read(self, row: StoredRow) -> CacheRow:
-        return CacheRow(row.tokens, row.targets, restored_records(self.spec, row))
+        return CacheRow(row.tokens, row.targets, restored_records(self.spec.compression, row))
 
 
 def _reopen(path: str, manifest: Manifest) -> TeacherCache:

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from distillm_ext import _codec
 from distillm_ext.files import write_text
 
 from .errors import CacheDamaged, CacheError, CacheMismatch
+from .settings import CompressionSettings
 
 FORMAT = "distillm-teacher-cache"
 VERSION = 1
@@ -24,43 +24,53 @@ class CacheSpec:
     """Settings that every row of a cache shares.
 
     Attributes:
-        vocab_size, k, method, codec, temperatures: of the compressed logits, as in `compress_logits` and `pack`.
-        labels: whether the log-probability of the label is stored.
+        compression: of the logits.
         teacher, tokenizer, dataset: fingerprints (`distillm_ext.teacher.fingerprint`), "" where unknown.
-        details: anything else worth keeping, such as names and the seed; JSON values.
+        details: anything else worth keeping, such as names; JSON values. The seed stands in `compression`.
+
+    Raises:
+        TypeError: a compression of another kind.
+        ValueError: details with a seed.
+
+    Example:
+        >>> CacheSpec(CompressionSettings(vocab_size=151936, k=64), teacher=fingerprint_model(teacher))
     """
 
-    vocab_size: int
-    k: int = 64
-    method: str = "topk"
-    codec: str = "q8"
-    temperatures: tuple[float, ...] = (1.0,)
-    labels: bool = True
+    compression: CompressionSettings
     teacher: str = ""
     tokenizer: str = ""
     dataset: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
-        if self.method not in ("topk", "sample"):
-            raise ValueError(f"method must be 'topk' or 'sample', got {self.method!r}")
-        _ = self.record_bytes  # a ValueError for settings that no record can have
+        if not isinstance(self.compression, CompressionSettings):
+            raise TypeError(f"compression: expected CompressionSettings, got {self.compression!r}")
+        if "seed" in self.details:
+            raise ValueError(f"details: the seed belongs to the compression, got {self.details['seed']!r} here")
 
-    @property
-    def record(self) -> tuple[str, int, int, tuple[float, ...], bool, bool]:
-        """codec, k, vocab_size, temperatures, has_labels, has_counts: what `_codec` asks for."""
-        return (self.codec, self.k, self.vocab_size, self.temperatures, self.labels, self.method == "sample")
+    def to_json(self) -> dict[str, Any]:
+        """As in a manifest, whose first version has all settings side by side and the seed among the details."""
+        compression = asdict(self.compression)
+        details = {**self.details, "seed": compression.pop("seed")}
+        return {**compression, **{name: getattr(self, name) for name in _FINGERPRINTS}, "details": details}
 
-    @property
-    def record_bytes(self) -> int:
-        return _codec.record_bytes(*self.record)
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> CacheSpec:
+        """Inverse of `to_json`; other entries are passed over."""
+        details = dict(values["details"])
+        named = {f.name: values[f.name] for f in fields(CompressionSettings) if f.name != "seed"}
+        compression = CompressionSettings(**named, seed=int(details.pop("seed", 0)))
+        return cls(compression, **{name: values[name] for name in _FINGERPRINTS}, details=details)
 
     def check_equal(self, other: CacheSpec, what: str) -> None:
-        """Raise `CacheMismatch` that lists every setting in which `other` differs; `details` may."""
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "details"}
+        """Raise `CacheMismatch` that lists every setting in which `other` differs; `details` may, and the seed where
+        nothing is drawn."""
+        mine, theirs = (spec.to_json() | {"seed": spec.compression.seed} for spec in (self, other))
+        free = {"details"} if "sample" in (mine["method"], theirs["method"]) else {"details", "seed"}
         different = [
-            f"{name}: {mine!r} there, {theirs!r} here" for name, (mine, theirs) in pairs.items() if mine != theirs
+            f"{name}: {value!r} there, {theirs[name]!r} here"
+            for name, value in mine.items()
+            if name not in free and value != theirs[name]
         ]
         if different:
             raise CacheMismatch(f"{what} was made with other settings ({'; '.join(different)}); use another folder")
@@ -131,10 +141,10 @@ class Manifest:
         body = {
             "format": FORMAT,
             "version": VERSION,
-            "record_bytes": self.spec.record_bytes,
+            "record_bytes": self.spec.compression.record_bytes,
             "rows": self.rows,
             "positions": self.positions,
-            **asdict(self.spec),
+            **self.spec.to_json(),
             "shards": [asdict(shard) for shard in self.shards],
         }
         write_text(path, json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True) + "\n")
@@ -157,8 +167,7 @@ class Manifest:
             )
         if checksum != _checksum(body):
             raise CacheDamaged(f"{path} is damaged: its checksum does not fit; capture again")
-        spec = CacheSpec(**{f.name: body[f.name] for f in fields(CacheSpec)})
-        return cls(spec, tuple(ShardInfo.from_json(shard) for shard in body["shards"]))
+        return cls(CacheSpec.from_json(body), tuple(ShardInfo.from_json(shard) for shard in body["shards"]))
 
 
 def _checksum(body: dict[str, Any]) -> str:

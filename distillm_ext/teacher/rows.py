@@ -9,7 +9,7 @@ import numpy as np
 
 from distillm_ext import _codec
 
-from .manifest import CacheSpec
+from .settings import CompressionSettings
 from .shard import StoredRow, spans_of
 
 # Token ids; an int (everything from there on is a target), a bool mask or ascending places.
@@ -45,13 +45,13 @@ def as_spans(targets: Targets, length: int) -> np.ndarray:
     return spans_of(places)
 
 
-def packed_records(spec: CacheSpec, records: Any, positions: int) -> np.ndarray:
+def packed_records(settings: CompressionSettings, records: Any, positions: int) -> np.ndarray:
     """[positions, record_bytes] uint8 from `CompressedLogits` or packed bytes of that shape."""
     if hasattr(records, "logprobs"):
-        check_compressed(spec, records)
-        records = records.flatten().pack(spec.codec)
+        check_compressed(settings, records)
+        records = records.flatten().pack(settings.codec)
     array = np.ascontiguousarray(records.cpu().numpy() if hasattr(records, "cpu") else records)
-    wanted = (positions, spec.record_bytes)
+    wanted = (positions, settings.record_bytes)
     if array.dtype != np.uint8 or array.shape != wanted:
         raise ValueError(
             f"records must be uint8 of shape {list(wanted)}, one for each of {positions} targets, got {array.dtype} of "
@@ -60,7 +60,7 @@ def packed_records(spec: CacheSpec, records: Any, positions: int) -> np.ndarray:
     return array
 
 
-def check_compressed(spec: CacheSpec, compressed: Any) -> None:
+def check_compressed(settings: CompressionSettings, compressed: Any) -> None:
     """Raise ValueError where compressed logits do not have the settings of the cache."""
     has = {
         "k": compressed.k,
@@ -70,29 +70,31 @@ def check_compressed(spec: CacheSpec, compressed: Any) -> None:
         "labels": compressed.label_logprob is not None,
     }
     wrong = [
-        f"{name} {value!r}, not {getattr(spec, name)!r}" for name, value in has.items() if value != getattr(spec, name)
+        f"{name} {value!r}, not {getattr(settings, name)!r}"
+        for name, value in has.items()
+        if value != getattr(settings, name)
     ]
     if wrong:
         raise ValueError(f"records must have the settings of the cache, got {'; '.join(wrong)}")
 
 
-def store_row(spec: CacheSpec, tokens: Tokens, targets: Targets, records: Any) -> StoredRow:
+def store_row(settings: CompressionSettings, tokens: Tokens, targets: Targets, records: Any) -> StoredRow:
     """The row as it goes to disk; records of method "sample" lose their padding."""
     ids = as_tokens(tokens)
     spans = as_spans(targets, len(ids))
     empty = np.empty(0, np.int64)
     row = StoredRow(ids, spans, np.empty(0, np.uint8), empty)
-    packed = packed_records(spec, records, row.positions)
-    if spec.method == "topk":
+    packed = packed_records(settings, records, row.positions)
+    if settings.method == "topk":
         return StoredRow(ids, spans, packed.reshape(-1), empty)
-    return StoredRow(ids, spans, *_codec.trim_records(packed, *spec.record))
+    return StoredRow(ids, spans, *_codec.trim_records(packed, *settings.record))
 
 
-def restored_records(spec: CacheSpec, row: StoredRow) -> np.ndarray:
+def restored_records(settings: CompressionSettings, row: StoredRow) -> np.ndarray:
     """[positions, record_bytes] uint8; a view of the row for method "topk"."""
-    if spec.method == "topk":
-        return row.records.reshape(row.positions, spec.record_bytes)
-    return _codec.restore_records(row.records, row.offsets, *spec.record)
+    if settings.method == "topk":
+        return row.records.reshape(row.positions, settings.record_bytes)
+    return _codec.restore_records(row.records, row.offsets, *settings.record)
 
 
 def sequences_of(tokens: Tokens | Sequence[Tokens]) -> list[Tokens]:

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from distillm_ext import _codec
 
-from distillm_ext.containers import CompressedLogits
-from distillm_ext.packing import record_bytes
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from .manifest import CacheSpec
+    from distillm_ext.containers import CompressedLogits
 
 
 @dataclass(frozen=True)
 class CompressionSettings:
-    """The parameters of one compression.
+    """The parameters of one compression. Importing it needs no torch.
 
     Attributes:
         vocab_size: entries of the teacher's row that are looked at.
-        k: entries kept, or draws.
+        k: entries kept, or draws; at most `distillm_ext._codec.MAX_K`.
         method: "topk" or "sample".
         codec: "q4", "q6", "q8", "fp16" or "exact".
         temperatures: those whose normaliser and tail mass are kept.
         labels: whether the log-probability of the target is kept.
         seed: of method "sample".
+
+    Raises:
+        ValueError: settings that no record can have; the message names the field.
+
+    Example:
+        >>> CompressionSettings(vocab_size=151936, k=64).record_bytes
+        176
     """
 
     vocab_size: int
@@ -31,31 +39,33 @@ class CompressionSettings:
     method: str = "topk"
     codec: str = "q8"
     temperatures: tuple[float, ...] = (1.0,)
-    labels: bool = False
+    labels: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        if self.method not in ("topk", "sample"):
+            raise ValueError(f"method must be 'topk' or 'sample', got {self.method!r}")
+        _ = self.record_bytes  # refuses the others
+
+    @property
+    def record(self) -> tuple[str, int, int, tuple[float, ...], bool, bool]:
+        """codec, k, vocab_size, temperatures, has_labels, has_counts: what `_codec` asks for."""
+        return (self.codec, self.k, self.vocab_size, self.temperatures, self.labels, self.method == "sample")
 
     @property
     def record_bytes(self) -> int:
         """Bytes of one position."""
-        return record_bytes(
-            self.codec, k=self.k, vocab_size=self.vocab_size, temperatures=self.temperatures, labels=self.labels,
-            method=self.method,
-        )  # fmt: skip
-
-    @classmethod
-    def of_cache(cls, spec: CacheSpec) -> CompressionSettings:
-        """Those that a cache on disk was made with."""
-        return cls(
-            spec.vocab_size, spec.k, spec.method, spec.codec, spec.temperatures, spec.labels,
-            int(spec.details.get("seed", 0)),
-        )  # fmt: skip
+        return _codec.record_bytes(*self.record)
 
     def pack(self, compressed: CompressedLogits) -> Tensor:
         """[R, record_bytes] uint8."""
         return compressed.pack(self.codec)
 
     def unpack(self, records: Tensor) -> CompressedLogits:
-        """[R, record_bytes] uint8 → [R] positions."""
+        """[..., record_bytes] uint8 → [...] positions."""
+        from distillm_ext.containers import CompressedLogits
+
         return CompressedLogits.unpack(
             records, codec=self.codec, k=self.k, vocab_size=self.vocab_size, temperatures=self.temperatures,
             method=self.method,

@@ -92,7 +92,7 @@ class CacheWriter:
         Raises:
             ValueError: tokens, targets or records that do not fit each other or the settings.
         """
-        row = store_row(self.spec, tokens, targets, records)
+        row = store_row(self.spec.compression, tokens, targets, records)
         key = row.key()
         if key in self._keys:
             return False

@@ -14,26 +14,26 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from distillm_ext._codec import MAX_K
 from distillm_ext.compression import checked_temperatures
 from distillm_ext.containers_compressed import METHODS
 from distillm_ext.generation.positions import check_positions
+from distillm_ext.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
 from distillm_ext.models.loading import load_teacher, load_tokenizer
 from distillm_ext.models.vocabulary import check_dataset_ids, compared_vocabulary, padding_id, tokenizer_size
 from distillm_ext.packing import CODECS
 from distillm_ext.teacher import (
     CacheSpec,
     CacheWriter,
+    CompressionSettings,
     fingerprint_dataset,
     fingerprint_model,
     fingerprint_tokenizer,
     finish_cache,
 )
 from distillm_ext.teacher.capture import CaptureCount, capture_rows
-from distillm_ext.teacher.manifest import MANIFEST, Manifest
-from distillm_ext.teacher.settings import CompressionSettings
 from distillm_ext.training.collators import DistillationCollator, move_batch
 from distillm_ext.training.data import prepare_dataset
-from distillm_ext.training.reuse_checks import MAX_K
 from distillm_ext.training.row_checks import checked_template_kwargs
 from distillm_ext.training.row_origin import keep_origin, name_row, origin_of
 from distillm_ext.training.rows import load_rows
@@ -70,8 +70,8 @@ class CaptureSettings:
     codec: str = "q8"
     temperatures: tuple[float, ...] = (1.0,)
     seed: int = 0
-    max_prompt_length: int = 256
-    max_length: int = 512
+    max_prompt_length: int = MAX_PROMPT_LENGTH
+    max_length: int = MAX_LENGTH
     batch_size: int = 8
     dtype: str = "float32"
     rows: int = 0
@@ -157,10 +157,7 @@ def capture(
     check_positions({"teacher": teacher.model}, settings.max_length, rows={"dataset": rows})
     teacher.verify(rows[0]["input_ids"][:16])
     spec = cache_spec(settings, teacher.model, tokenizer, rows)
-    check_seed(settings)
-    compress = TeacherRecords(
-        teacher, CompressionSettings.of_cache(spec), tokenizer, name=lambda row: row_name(splits, row)
-    )
+    compress = TeacherRecords(teacher, spec.compression, tokenizer, name=lambda row: row_name(splits, row))
     share = len(range(processes.rank, len(rows), processes.world_size))
     with CacheWriter(settings.out, spec, rank=processes.rank, shard_bytes=settings.shard_mib << 20) as writer:
         processes.wait()  # all have seen what was there before anyone adds to it
@@ -219,18 +216,21 @@ def row_name(splits: Sequence[Dataset], row: int) -> str:
 def cache_spec(settings: CaptureSettings, teacher: Any, tokenizer: Any, rows: Dataset) -> CacheSpec:
     """The cache's settings. Of the teacher's vocabulary only entries that the tokenizer can name are looked at."""
     return CacheSpec(
-        vocab_size=compared_vocabulary(tokenizer, teacher=teacher),
-        k=settings.k,
-        method=settings.method,
-        codec=settings.codec,
-        temperatures=settings.temperatures,
+        CompressionSettings(
+            compared_vocabulary(tokenizer, teacher=teacher),
+            settings.k,
+            settings.method,
+            settings.codec,
+            settings.temperatures,
+            labels=True,
+            seed=settings.seed,
+        ),  # fmt: skip
         teacher=fingerprint_model(teacher),
         tokenizer=fingerprint_tokenizer(tokenizer),
         dataset=fingerprint_dataset(rows),
         details={
             "teacher": settings.teacher,
             "dataset": dataclasses.asdict(settings.dataset),
-            "seed": settings.seed,
             "tokenizer_size": tokenizer_size(tokenizer),
             "max_prompt_length": settings.max_prompt_length,
             "max_length": settings.max_length,
@@ -238,21 +238,6 @@ def cache_spec(settings: CaptureSettings, teacher: Any, tokenizer: Any, rows: Da
             "dtype": str(next(teacher.parameters()).dtype).removeprefix("torch."),
         },
     )
-
-
-def check_seed(settings: CaptureSettings) -> None:
-    """Refuses to go on with other draws than those a folder was begun with.
-
-    Raises:
-        ValueError: another seed.
-    """
-    begun = [settings.out / MANIFEST, *sorted(settings.out.glob("shard-*.json"))]
-    file = next((file for file in begun if file.is_file()), None)
-    if settings.method != "sample" or file is None:
-        return
-    seed = Manifest.read(file).spec.details.get("seed")
-    if seed != settings.seed:
-        raise ValueError(f"seed: {settings.out} was begun with seed {seed}; expected the same, got {settings.seed}")
 
 
 class TeacherRecords:

@@ -11,13 +11,15 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from distillm_ext._codec import MAX_K
 from distillm_ext.generation.sampling import SamplingParams
+from distillm_ext.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
 from distillm_ext.options import DEFAULT_ALPHA, DEFAULT_BETA, DIVERGENCES, TAILS
 from distillm_ext.packing import CODECS
 from distillm_ext.paths import expand_path
 from distillm_ext.training.nan_policy import NAN_POLICIES
 from distillm_ext.training.policies import POLICIES
-from distillm_ext.training.reuse_checks import MAX_K, REUSE_METHODS, check_compressed_loss
+from distillm_ext.training.reuse_checks import REUSE_METHODS, check_compressed_loss
 from distillm_ext.training.row_checks import checked_template_kwargs
 from distillm_ext.training.schedule import REPLAY_RATIOS, SCHEDULES
 from distillm_ext.training.teacher import TEACHER_DTYPES
@@ -83,8 +85,10 @@ class DistillationConfig(TrainingArguments):
         "'forward_kl'. A student cut from its teacher needs one before skew KL can teach it."
     )  # fmt: skip
     warmup_objective_steps: int = _option(0, "Optimizer steps of warmup_objective. >= 0.")
-    max_prompt_length: int = _option(256, "Most prompt tokens; longer prompts lose their beginning. >= 1.")
-    max_length: int = _option(512, "Most tokens of prompt and response together; > max_prompt_length.")
+    max_prompt_length: int = _option(
+        MAX_PROMPT_LENGTH, "Most prompt tokens; longer prompts lose their beginning. >= 1."
+    )  # fmt: skip
+    max_length: int = _option(MAX_LENGTH, "Most tokens of prompt and response together; > max_prompt_length.")
     chat_template_kwargs: dict[str, Any] | str | None = _option(
         None, "Arguments for the chat template, such as {enable_thinking: false}; a row's own win."
     )  # fmt: skip
@@ -103,7 +107,7 @@ class DistillationConfig(TrainingArguments):
         "off", "Keep the teacher's output, compressed, with every data row and every replayed sequence, so that the "
         "teacher sees each sequence once: 'topk' (the reuse_k largest), 'sample' (reuse_k draws), or 'off'."
     )  # fmt: skip
-    reuse_k: int = _option(64, "Entries (or draws) kept per position. In [1, 1024].")
+    reuse_k: int = _option(64, f"Entries (or draws) kept per position. In [1, {MAX_K}].")
     reuse_codec: str = _option("q8", f"How kept entries are stored: one of {', '.join(CODECS)}.")
     reuse_memory_mib: int | None = _option(
         None, "Not used any more; a value is warned about. Kept teacher logits lie in temporary files in output_dir; "

@@ -45,8 +45,12 @@ class Models:
     cache: Path | None = None
 
 
-def load_models(settings: RunSettings) -> Models:
+def load_models(settings: RunSettings, teacher_dtype: str) -> Models:
     """Load teacher, student and the tokenizer they share.
+
+    Args:
+        settings: of the run.
+        teacher_dtype: as `DistillationConfig` has checked it.
 
     Raises:
         FileNotFoundError, ValueError: as `load_teacher`, `load_student`; two tokenizers that differ; or a student that
@@ -56,7 +60,7 @@ def load_models(settings: RunSettings) -> Models:
     cut = isinstance(settings.student, dict) and bool({"layers", "keep_layers"} & set(settings.student))
     # A student that is cut out of the teacher starts from its weights before any rounding; the trainer then gives the
     # teacher its dtype.
-    dtype = "auto" if cut else settings.training.get("teacher_dtype", "auto")
+    dtype = "auto" if cut else teacher_dtype
     named = settings.student
     if isinstance(named, dict):
         named = {key: value for key, value in named.items() if key != "dtype"}
@@ -127,7 +131,7 @@ def build_trainer(
         raise ValueError(
             f"training.eval_strategy is {args.eval_strategy.value!r} and dataset.eval is not set; name validation rows"
         )
-    loaded = models if models is not None else load_models(settings)
+    loaded = models if models is not None else load_models(settings, args.teacher_dtype)
     trainer = DistillationTrainer(
         model=loaded.student,
         teacher=loaded.teacher,

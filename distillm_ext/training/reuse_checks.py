@@ -6,8 +6,6 @@ from distillm_ext.options import TAILS
 from distillm_ext.sparse import SAMPLED_DIVERGENCES, SPARSE_DIVERGENCES
 
 REUSE_METHODS = ("off", "topk", "sample")
-# The most entries that the compression keeps.
-MAX_K = 1024
 
 
 def tail_of(tail: str | None, method: str) -> str:

@@ -62,11 +62,11 @@ def open_cache(cache: CacheLike | None, *, model: ModelTeacher | None, tokenizer
         return None
     path = cache.path if isinstance(cache, TeacherCache) else cache
     opened = TeacherCache.open(path, teacher=model.model if model is not None else None, tokenizer=tokenizer)
-    size = tokenizer_size(tokenizer)
+    size, captured = tokenizer_size(tokenizer), opened.spec.compression.vocab_size
     # Caches from before `tokenizer_size` was noted had counted tokens in place of ids.
-    if "tokenizer_size" not in opened.spec.details and opened.spec.vocab_size == len(tokenizer) < size:
+    if "tokenizer_size" not in opened.spec.details and captured == len(tokenizer) < size:
         raise CacheMismatch(
-            f"the cache {opened.path} looks at the first {opened.spec.vocab_size} entries of the vocabulary, as many "
+            f"the cache {opened.path} looks at the first {captured} entries of the vocabulary, as many "
             f"as the tokenizer has tokens; its ids go up to {size - 1}, so the last tokens are missing. Capture again"
         )
     return opened
@@ -94,9 +94,9 @@ def compression(args: DistillationConfig, cache: TeacherCache | None, vocab_size
             return None
         return CompressionSettings(
             vocab_size, args.reuse_k, args.reuse_teacher_logits, args.reuse_codec, needed_temperatures(args),
-            seed=args.seed,
+            labels=False, seed=args.seed,
         )  # fmt: skip
-    settings = CompressionSettings.of_cache(cache.spec)
+    settings = cache.spec.compression
     if args.reuse_teacher_logits not in ("off", settings.method):
         raise ValueError(
             f"reuse_teacher_logits: the cache was captured with method {settings.method!r}, which all teacher logits "
@@ -177,7 +177,7 @@ def check_cache_alone(
     check_cache_policy(args.policy)
     splits = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
     if any(split is not None for split in splits.values()):
-        if not has_temperature(CompressionSettings.of_cache(cache.spec), 1.0):
+        if not has_temperature(cache.spec.compression, 1.0):
             raise ValueError(
                 "eval_dataset: the divergence of the validation is taken at temperature 1, which the cache lacks; "
                 "capture with --temperatures 1 beside the others, or pass no eval_dataset"

@@ -131,7 +131,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         self.teacher = None if teacher is None else ModelTeacher(teacher, device=args.device, dtype=args.teacher_dtype)
         self.teacher_cache = teaching_setup.open_cache(teacher_cache, model=self.teacher, tokenizer=tokenizer)
         self.student = StudentForward(self.accelerator.unwrap_model(self.model), self.accelerator.autocast)
-        captured = None if self.teacher_cache is None else self.teacher_cache.spec.vocab_size
+        captured = None if self.teacher_cache is None else self.teacher_cache.spec.compression.vocab_size
         self.vocab_size = compared_vocabulary(tokenizer, student=self.student.model, teacher=teacher, cache=captured)
         self.check_rows({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset})
         dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
