@@ -29,6 +29,7 @@
 //   RowPair    the logits: in shared memory, as far as they fit; the others are read again in each round
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "../math/token_mass.h"
@@ -68,7 +69,7 @@ __device__ __forceinline__ void add_mass(Mass& sum, Mass mass) {
 
 // The logits from low to high: those of which the words have a prefix in common.
 struct LogitRange {
-  float low = -CUDART_INF_F, high = CUDART_INF_F;
+  float low = -INFINITY, high = INFINITY;  // of the host compiler too, which knows no CUDART_INF_F
 
   // The first and the last such word. Words beyond those of infinities are of NaN, which fminf and fmaxf pass over.
   __device__ static LogitRange of(uint32_t first, uint32_t last) {
