@@ -9,9 +9,10 @@ import numpy as np
 import ptxsim
 import pytest
 from divergence_oracle import log_softmax
-from ptx_kernels import DivergenceCase, divergence_module
+from ptx_kernels import DivergenceCase, divergence_module, launch_divergence
 from test_divergence_cluster_cuda import BLOCK_BARRIER, CLUSTER_BARRIER
-from test_divergence_cuda import BF16, F16, F32, check, logits, run
+from test_divergence_cuda import BF16, F16, F32, check, logits
+from tiers import full
 
 
 @pytest.fixture
@@ -25,12 +26,12 @@ def adaptive(student: np.ndarray, teacher: np.ndarray, **options) -> DivergenceC
 
 def reads(case: DivergenceCase, **options) -> float:
     """How often the teacher's logits come from memory; checked against the oracle."""
-    counters = check(case, count=True, **options).counters
+    counters = check(case, **options).counters
     return counters.buffers[1].load_bytes / case.teacher.nbytes
 
 
 @pytest.mark.parametrize("spread", [0.03, 1.0, 6.0])
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, *full(F16)], ids=str)
 def test_rows_are_read_once(spread, dtype, rng):
     """Every round takes the logits from shared memory, in flat rows and in peaked ones."""
     for mu, vocab in ((0.5, 2007), (0.05, 1024), (0.95, 1203)):
@@ -51,7 +52,7 @@ def test_any_number_of_threads_and_blocks(dtype, rng):
 def test_exact_among_equal_logits(vocab, mu, inside, rng):
     """The mass of the head is exactly mu: its last entry still belongs to it."""
     student, teacher = logits(rng, 1, vocab, F32, 1.0), np.full((1, vocab), -3.25, F32)
-    result = run(adaptive(student, teacher, alpha=mu), threads=32, cluster=2, seed=1)
+    result = launch_divergence(adaptive(student, teacher, alpha=mu), threads=32, cluster=2, seed=1)
     log_p, log_q = (log_softmax(side[0].astype(np.float64)) for side in (teacher, student))
     p, q = np.exp(log_p), np.exp(log_q)
     gap = np.abs(p - q)
@@ -60,7 +61,7 @@ def test_exact_among_equal_logits(vocab, mu, inside, rng):
     np.testing.assert_allclose(result.loss, expected, rtol=2e-6)
 
 
-@pytest.mark.parametrize("mu", [1e-6, 0.3, 1 - 2.0**-24])
+@pytest.mark.parametrize("mu", [0.3, *full(1e-6, 1 - 2.0**-24)])
 def test_long_row_of_equal_logits(mu, rng):
     """Ids of three digits; for mu close to 0 and 1 too."""
     teacher = np.full((1, 70001), 2.5, BF16)
@@ -84,7 +85,7 @@ def test_rows_of_other_offsets(rng):
 
 def test_does_not_depend_on_the_schedule(rng):
     case = adaptive(logits(rng, 1, 1033, BF16), logits(rng, 1, 1033, BF16, 1.0))
-    results = [run(case, threads=64, cluster=4, seed=seed) for seed in range(3)]
+    results = [launch_divergence(case, threads=64, cluster=4, seed=seed) for seed in range(3)]
     for other in results[1:]:
         np.testing.assert_array_equal(results[0].loss, other.loss)
         np.testing.assert_array_equal(results[0].gradient, other.gradient)
@@ -93,7 +94,7 @@ def test_does_not_depend_on_the_schedule(rng):
 def test_light_entries_are_not_counted(rng):
     """Most of a peaked row cannot be at the boundary, and costs no atomic operation."""
     case = adaptive(logits(rng, 1, 8192, BF16), logits(rng, 1, 8192, BF16, 6.0))
-    counters = check(case, threads=256, count=True).counters
+    counters = check(case, threads=256).counters
     assert counters.group("atomic_shared") < 0.2 * 8192
 
 
@@ -106,9 +107,13 @@ def without_barrier(text: str, pattern: str, before: bool) -> str:
 
 
 @pytest.mark.parametrize(
-    "pattern,before", [(BLOCK_BARRIER, True), (CLUSTER_BARRIER, False), (BLOCK_BARRIER, False)],
-    ids=["zeros", "own", "total"],
-)  # fmt: skip
+    "pattern,before",
+    [
+        pytest.param(BLOCK_BARRIER, True, id="zeros"),
+        pytest.param(CLUSTER_BARRIER, False, id="own", marks=pytest.mark.slow),
+        pytest.param(BLOCK_BARRIER, False, id="total", marks=pytest.mark.slow),
+    ],
+)
 def test_histogram_without_a_barrier_is_a_race(pattern, before, tmp_path: Path, rng):
     """Between the zeros and the masses, the masses and the sum over the blocks, that sum and its readers."""
     case = adaptive(logits(rng, 1, 515, F32), logits(rng, 1, 515, F32, 1.0))
@@ -117,4 +122,4 @@ def test_histogram_without_a_barrier_is_a_race(pattern, before, tmp_path: Path, 
     module = ptxsim.load_ptx(tmp_path / "racy.ptx")
     with pytest.raises(ptxsim.KernelError, match="race|exited"):
         for seed in range(6):
-            run(case, threads=64, cluster=2, seed=seed, module=module)
+            launch_divergence(case, threads=64, cluster=2, seed=seed, module=module)

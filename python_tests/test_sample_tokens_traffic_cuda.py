@@ -15,6 +15,9 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(31)
 
 
+LONG_ROWS = [pytest.param(*row, marks=pytest.mark.slow) for row in ((BF16, 1), (F32, 2))]
+
+
 def adversarial(rng, vocab: int) -> np.ndarray:
     """Rows of which counts in bins tell little: all equal, two values, differing in the last bits, half of it -inf,
     all within a few bins, ascending."""
@@ -34,7 +37,7 @@ def test_clusters_draw_the_same_tokens(cluster, rng):
     for n, rule in enumerate([*RULES, *FILTERS_OF_MANY]):
         vocab = (2051, 5003, 31)[n % 3]
         case = SamplingCase(logits(rng, 2, vocab), seed=n, cluster=cluster, **rule)
-        counters = check(case, threads=64, seed=n, count=n < 3).counters
+        counters = check(case, threads=64, seed=n).counters
         if n < 3:
             assert counters.buffers[0].load_bytes == 2 * 4 * vocab + 2 * 4
 
@@ -66,7 +69,7 @@ def test_clusters_read_adversarial_rows_once(rule, rng):
     x = adversarial(rng, 6000)
     for bits in ENDS:
         case = SamplingCase(x, bits=np.full(len(x), bits), cluster=4, **rule)
-        counters = check(case, threads=96, count=True).counters
+        counters = check(case, threads=96).counters
         assert counters.buffers[0].load_bytes == x.nbytes + 4 * len(x)
 
 
@@ -75,15 +78,15 @@ def test_counted_traffic(rule, rng):
     """Each logit is read once where the row is staged; half staged, the other half is read twice."""
     rows, vocab = 2, 4096
     case = SamplingCase(logits(rng, rows, vocab, BF16), seed=1, **rule)
-    counters = check(case, threads=128, count=True).counters
+    counters = check(case, threads=128).counters
     row_bytes, tile = 2 * vocab * rows, 16 * 128 * rows  # the tile that the draw falls into
     assert counters.buffers[0].load_bytes - row_bytes == 2 * rows  # the drawn token's own logit
     case.staged_chunks = 256
-    counters = check(case, threads=128, count=True).counters
+    counters = check(case, threads=128).counters
     assert counters.buffers[0].load_bytes <= 1.5 * row_bytes + 2 * tile + 2 * rows  # a tile: the sample
 
 
-@pytest.mark.parametrize("dtype,spread", [(BF16, 3), (BF16, 1), (F32, 2)], ids=str)
+@pytest.mark.parametrize("dtype,spread", [(BF16, 3), *LONG_ROWS], ids=str)
 def test_two_reads_of_long_rows_without_clusters(dtype, spread, rng):
     """Launched as on the device, on rows that do not fit in a block's shared memory."""
     vocab = 151936
@@ -91,7 +94,7 @@ def test_two_reads_of_long_rows_without_clusters(dtype, spread, rng):
         case = SamplingCase(logits(rng, 1, vocab, dtype, spread), bits=rng.integers(-(2**63), 2**63, 1), **rule)
         case, threads = planned(case, "sm_80")
         assert case.cluster == 1
-        counters = check(case, "sm_80", threads=threads, count=True).counters
+        counters = check(case, "sm_80", threads=threads).counters
         assert counters.buffers[0].load_bytes <= 2.05 * vocab * dtype.itemsize, rule
 
 
@@ -102,30 +105,44 @@ def test_one_read_of_long_rows_with_clusters(dtype, cluster, rng):
         case = SamplingCase(logits(rng, 1, vocab, dtype), bits=rng.integers(-(2**63), 2**63, 1), **rule)
         case, threads = planned(case, "sm_90")
         assert case.cluster == cluster
-        counters = check(case, threads=threads, count=True).counters
+        counters = check(case, threads=threads).counters
         assert counters.buffers[0].load_bytes == (vocab + 1) * dtype.itemsize, rule
 
 
-def test_plan_of_the_launch():
+OTHER_PLANS = [
+    pytest.param(*plan, marks=pytest.mark.slow)
+    for plan in (
+        ("sm_80", 32000, F32, 1, True),
+        ("sm_86", 50257, BF16, 1, False),
+        ("sm_100", 262144, F32, 8, True),
+        ("sm_120", 151936, BF16, 8, True),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    "arch,vocab,dtype,cluster,whole",
+    [
+        ("sm_90", 1, F32, 1, True),
+        ("sm_90", 50257, BF16, 1, True),
+        ("sm_90", 151936, BF16, 2, True),
+        ("sm_90", 151936, F32, 4, True),
+        ("sm_90", 2**20 - 1, F32, 1, False),
+        ("sm_80", 50257, BF16, 1, True),
+        ("sm_80", 151936, BF16, 1, False),
+        *OTHER_PLANS,
+    ],
+)
+def test_plan_of_the_launch(arch, vocab, dtype, cluster, whole):
     """One block where it has room, else the smallest cluster, else one block that keeps a part."""
+    case, threads = planned(SamplingCase(np.zeros((1, vocab), dtype)), arch)
+    assert threads % 32 == 0 and 32 <= threads <= 640
+    assert (case.cluster, case.staged_chunks * case.cluster >= case.chunks()) == (cluster, whole)
 
-    def plan(vocab: int, dtype, arch: str, **options) -> tuple[int, bool]:
-        case, threads = planned(SamplingCase(np.zeros((1, vocab), dtype)), arch, **options)
-        whole = case.staged_chunks * case.cluster >= case.chunks()
-        assert threads % 32 == 0 and 32 <= threads <= 640
-        return case.cluster, whole
 
-    assert plan(1, F32, "sm_90") == (1, True)
-    assert plan(32000, F32, "sm_80") == (1, True)
-    assert plan(50257, BF16, "sm_90") == (1, True)
-    assert plan(151936, BF16, "sm_90") == (2, True)
-    assert plan(151936, F32, "sm_90") == (4, True)
-    assert plan(262144, F32, "sm_100") == (8, True)
-    assert plan(2**20 - 1, F32, "sm_90") == (1, False)
-    assert plan(262144, F32, "sm_90", clusters=False) == (1, False)
-    assert plan(151936, BF16, "sm_120") == (8, True)
-    assert plan(50257, BF16, "sm_80") == (1, True)
-    assert plan(151936, BF16, "sm_80") == plan(50257, BF16, "sm_86") == (1, False)
+def test_plan_of_the_launch_without_clusters():
+    case, _ = planned(SamplingCase(np.zeros((1, 262144), F32)), "sm_90", clusters=False)
+    assert case.cluster == 1 and case.staged_chunks < case.chunks()
 
 
 @pytest.mark.parametrize(
@@ -144,7 +161,7 @@ def test_two_reads_of_adversarial_rows_without_clusters(rule, rng):
     x = adversarial(rng, 12000)
     for bits in ENDS:
         case = SamplingCase(x, bits=np.full(len(x), bits), staged_chunks=256, **rule)
-        counters = check(case, threads=64, count=True).counters
+        counters = check(case, threads=64).counters
         unstaged = x.nbytes - len(x) * 256 * 16
         tiles = (2 * 2048 + 64 * 16) * len(x)  # those of the last tie and of the draw, and the sample
         assert counters.buffers[0].load_bytes <= x.nbytes + unstaged + tiles + 4 * len(x)
