@@ -1,5 +1,5 @@
-# `make demo` (set-up and the main job) and `make test` (set-up and all checks) need nothing but Python 3.10+, a C++
-# compiler and PyPI. Both work in .venv.
+# `make demo` (set-up and the main job) and `make test` (set-up and the checks of each change) need nothing but Python
+# 3.10+, a C++ compiler and PyPI. Both work in .venv. `make test-all` runs every test there is, before a release.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.10
@@ -7,9 +7,12 @@ BIN := $(VENV)/bin
 # CUDA kernels are built where nvcc and a CUDA build of torch are found, for the GPU of this machine or else for 9.0.
 GPU_ARCHITECTURE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd';')
 export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU_ARCHITECTURE),9.0)
+# Processes of pytest; each uses one thread.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo demo-tiny test lint types native pytest benchmark gpu-check clean
+.PHONY: demo demo-tiny test test-all lint types native ptx pytest pytest-all benchmark gpu-check clean
 
 demo: $(VENV)/.built
 	$(BIN)/distillm demo
@@ -18,6 +21,8 @@ demo-tiny: $(VENV)/.built
 	$(BIN)/distillm demo --tiny
 
 test: lint types native pytest
+
+test-all: lint types native pytest-all
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -35,13 +40,20 @@ native: $(VENV)/.built
 	    -DPython_EXECUTABLE=/nonexistent
 	$(BIN)/cmake --build build/sanitized -j 2
 	$(BIN)/ctest --test-dir build/sanitized --output-on-failure
-	$(BIN)/cmake -S . -B build/threads -DCMAKE_BUILD_TYPE=RelWithDebInfo -DDISTILLM_SANITIZE=thread \
+	$(BIN)/cmake -S . -B build/threads -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="-O1 -g" -DDISTILLM_SANITIZE=thread \
 	    -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	$(BIN)/cmake --build build/threads -j 2 --target threaded_divergence
 	$(BIN)/ctest --test-dir build/threads --output-on-failure -R threaded
 
-pytest: $(VENV)/.built
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+# The CUDA kernels that `make test` simulates, in parallel and with a progress line.
+ptx: $(VENV)/.built
+	if command -v nvcc >/dev/null; then $(BIN)/python python_tests/ptx_modules.py; fi
+
+pytest: ptx
+	$(PYTEST) -m "not slow and not gpu"
+
+pytest-all: ptx
+	$(PYTEST) -m "not gpu"
 
 benchmark: $(VENV)/.built
 	$(BIN)/python benchmarks/bench_divergence.py

@@ -16,18 +16,27 @@ ELEMENTS = ("float", "BFloat16", "Half")
 
 
 def modules() -> Iterator[tuple[str, str, dict[str, str]]]:
-    """File of python_tests/kernels, architecture and defines; those that take longest come first."""
-    for functor in reversed(FUNCTORS.values()):
+    """File of python_tests/kernels, architecture and defines."""
+    for functor in FUNCTORS.values():
         yield "divergence.cu", "sm_90", {"FUNCTOR": functor, "TYPE": "float"}
-    for element in ("BFloat16", "Half", "AnyElement"):
+    for name in ("skew_kl", "adaptive_kl", "interpolated"):
+        yield "divergence.cu", "sm_90", {"FUNCTOR": FUNCTORS[name], "TYPE": "BFloat16"}
+    for element in ("Half", "AnyElement"):
         yield "divergence.cu", "sm_90", {"FUNCTOR": FUNCTORS["skew_kl"], "TYPE": element}
-    yield "logprob_divergence.cu", "sm_90", {}
     for element in ELEMENTS:
         yield "sample_tokens.cu", "sm_90", {"LOGITS": element}
         yield "sparse_divergence.cu", "sm_90", {"STUDENT": element}
-        yield "topk_logits.cu", "sm_90", {"TYPE": element, "SLOTS": "4"}
-    yield "pack_logits.cu", "sm_90", {}
-    yield "scale_rows.cu", "sm_90", {}
+        for slots in ("2", "4"):
+            yield "topk_logits.cu", "sm_90", {"TYPE": element, "SLOTS": slots}
+    for element in ("float", "BFloat16"):
+        yield "topk_logits.cu", "sm_90", {"TYPE": element, "SLOTS": "1"}
+    for source in ("logprob_divergence.cu", "pack_logits.cu", "scale_rows.cu"):
+        yield source, "sm_90", {}
+    yield "divergence.cu", "sm_80", {"FUNCTOR": FUNCTORS["skew_kl"], "TYPE": "BFloat16"}
+    yield "sample_tokens.cu", "sm_80", {"LOGITS": "BFloat16"}
+    yield "sparse_divergence.cu", "sm_80", {"STUDENT": "BFloat16"}
+    yield "topk_logits.cu", "sm_80", {"TYPE": "BFloat16", "SLOTS": "1"}
+    yield "pack_logits.cu", "sm_80", {}
 
 
 def build(source: str, arch: str, defines: dict[str, str]) -> str:
