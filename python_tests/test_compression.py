@@ -177,7 +177,7 @@ BAD = [
     (dict(logits=torch.zeros(2, 9, dtype=torch.int32)), TypeError, "logits must be float32"),
     (dict(logits=torch.zeros(2, 0)), ValueError, r"V >= 1, got \[2, 0\]"),
     (dict(k=0), ValueError, "k must lie in 1..4096, or up to the vocabulary of "),
-    (dict(k=1025), ValueError, "k must lie"),
+    (dict(k=4097), ValueError, "k must lie"),
     (dict(k=2.0), TypeError, "k must be an int"),
     (dict(method="best"), ValueError, "method must be one of 'topk', 'sample'"),
     (dict(method="sample"), ValueError, "needs position"),
