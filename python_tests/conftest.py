@@ -9,6 +9,16 @@ from itertools import combinations
 import pytest
 
 
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Starts processes of which a test needs several, or which it kills."""
+    from forked import Forks
+
+    found = Forks(tmp_path_factory.mktemp("forks"))
+    yield found
+    found.close()
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m "not slow" chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     grids: dict[str, list[pytest.Function]] = defaultdict(list)
