@@ -36,7 +36,7 @@ def thinned(most: int | None, *arrays: np.ndarray) -> list[np.ndarray]:
 
 
 def check_row(row: torch.Tensor, rule: Rule, z: np.ndarray | None = None, most: int | None = None, **lists) -> None:
-    """Every token of the oracle's kept set (with `most`: that many of them, evenly spaced) is drawn in the middle of its
+    """Every token of the oracle's kept set (or `most` of them, evenly spaced) is drawn in the middle of its
     share, with its log-probabilities; nothing else is drawn at the ends. Where a cumulative mass lies within 1e-6 of a
     threshold the set is known but for the tokens in between: nothing beyond them is drawn, everything before them is,
     and shares move by that much."""
