@@ -8,6 +8,7 @@ dies alone. It has run nothing before it forks, so no thread and no lock is lost
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -100,6 +101,7 @@ def main() -> None:
     import capture_world  # noqa: F401
     import reuse_worker  # noqa: F401
 
+    gc.freeze()  # trainers collect garbage, of which the imports made none
     for line in sys.stdin:
         request = json.loads(line)
         children = [start(request, environment) for environment in request["environments"]]

@@ -24,11 +24,11 @@ def assert_same_store(found, expected):
 
 
 RESUMED = [
+    (dict(), 3),
     (dict(reuse_memory_mib=0), 8),
     (dict(reuse_teacher_logits="sample"), 5),
-    pytest.param(dict(), 3, marks=pytest.mark.slow),  # as the killed run
-    pytest.param(dict(policy="dataset"), 5, marks=pytest.mark.slow),
-    pytest.param(dict(policy="teacher_responses"), 5, marks=pytest.mark.slow),
+    (dict(policy="dataset"), 5),
+    (dict(policy="teacher_responses"), 5),
 ]
 
 
