@@ -1,7 +1,5 @@
 """The teacher runs once per sequence: which rows meet it, what the losses are, how much memory is taken."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -105,7 +103,7 @@ def test_fresh_responses_that_are_not_kept_meet_the_teacher_each_time(tmp_path):
     seen = counted(trainer)
     trainer.train()
     assert rows_by_step(seen, 6) == [4] * 6
-    assert logged(trainer, "reuse_disk_mib")[-1] == 0.0
+    assert logged(trainer, "reuse_memory_mib")[-1] == 0.0
 
 
 def test_the_teachers_own_responses_are_kept(tmp_path):
@@ -184,23 +182,19 @@ def test_models_of_different_vocabulary(tmp_path):
 # ---- memory
 
 
-def test_what_is_held_is_logged_and_no_file_is_seen(tmp_path):
-    trainer = reusing(tmp_path, **adaptive(max_steps=10, replay_capacity=12))
-    trainer.train()
-    stores = trainer.teaching.stores
-    held = sum(len(store.get(key)) for store in (stores.data, stores.replay) for key in store.keys())
-    mib = held * trainer.compression.record_bytes / 2**20
-    assert logged(trainer, "reuse_disk_mib")[-2:] == pytest.approx([mib, mib])  # at the end of the run too
-    assert len(stores.data) and len(stores.replay) and not [path for path in tmp_path.iterdir() if path.is_file()]
-
-
-def test_the_old_limit_of_memory_is_taken_with_a_warning(tmp_path):
-    with pytest.warns(FutureWarning, match="reuse_memory_mib: not used any more.*in output_dir"):
-        args = tiny_config(tmp_path, reuse_memory_mib=64)
-    assert args.reuse_memory_mib == 64
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        tiny_config(tmp_path)
+def test_beyond_the_limit_records_go_to_a_file_and_the_run_stays_the_same(tmp_path):
+    settings = adaptive(max_steps=10, replay_capacity=12)
+    inside = reusing(tmp_path / "a", **settings)
+    inside.train()
+    outside = reusing(tmp_path / "b", reuse_memory_mib=0, **settings)
+    outside.train()
+    assert logged(outside, "loss") == logged(inside, "loss")
+    assert logged(outside, "reuse_memory_mib")[-1] == 0.0 and logged(inside, "reuse_disk_mib")[-1] == 0.0
+    assert logged(outside, "reuse_disk_mib")[-1] == pytest.approx(logged(inside, "reuse_memory_mib")[-1])
+    assert sorted(path.name for path in (tmp_path / "b").glob("*.spill")) == [
+        "teacher-data-00000.spill", "teacher-replay-00000.spill"
+    ]  # fmt: skip
+    assert "reuse_disk_mib" in outside.state.log_history[-1]  # at the end of the run too
 
 
 # ---- bad settings
@@ -217,8 +211,9 @@ def test_the_old_limit_of_memory_is_taken_with_a_warning(tmp_path):
         (dict(reuse_teacher_logits="sample", temperature=2.0), "temperature: must be 1 with sampled"),
         (dict(reuse_teacher_logits="sample", divergence="skew_reverse_kl", alpha=0.0), "with alpha 0"),
         (dict(reuse_k=0), "reuse_k: expected an int >= 1"),
-        (dict(reuse_k=5000), r"reuse_k: expected an int in \[1, 4096\], got 5000"),
+        (dict(reuse_k=2000), r"reuse_k: expected an int in \[1, 1024\], got 2000"),
         (dict(reuse_codec="q5"), "reuse_codec: expected one of q4"),
+        (dict(reuse_memory_mib=-1), "reuse_memory_mib: expected an int >= 0"),
     ],
 )
 def test_settings_without_a_form_are_refused(tmp_path, settings, message):
