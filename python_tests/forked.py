@@ -55,7 +55,9 @@ class Forks:
             self.close()
             raise TimeoutError(f"{module} did not end: {self._log.read_text()[-4000:]}")
         answer = server.stdout.readline()
-        return Done(json.loads(answer) if answer else [], self._log.read_text())
+        if not answer:
+            raise RuntimeError("the process that forks has ended; its stderr says why")
+        return Done(json.loads(answer), self._log.read_text())
 
     def close(self) -> None:
         if self._server is not None:
@@ -97,6 +99,18 @@ def start(request: dict, environment: dict[str, str]) -> int:
         os._exit(code)
 
 
+def ends(children: list[int]) -> list[int]:
+    """Exit codes. A child that fails ends the others, which would wait for it."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        for other in children:
+            if codes[child] and other not in codes:
+                os.kill(other, signal.SIGKILL)
+    return [codes[child] for child in children]
+
+
 def main() -> None:
     import capture_world  # noqa: F401
     import reuse_worker  # noqa: F401
@@ -105,8 +119,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         children = [start(request, environment) for environment in request["environments"]]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(json.dumps(codes), flush=True)
+        print(json.dumps(ends(children)), flush=True)
 
 
 if __name__ == "__main__":
