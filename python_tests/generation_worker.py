@@ -42,7 +42,8 @@ def wrapped(name):
     return fully_shard(model)
 
 
-def main(out):
+def main():
+    out = Path(sys.argv[1])
     dist.init_process_group("gloo")
     rank, report = dist.get_rank(), {}
     for name in WRAPPERS:
@@ -67,4 +68,4 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -17,6 +17,7 @@ import packing_cases as cases
 import pytest
 import torch
 from cache_world import SPECS, VOCAB, K, make_row
+from tiers import full
 
 from distillm_ext.teacher import (
     CacheError,
@@ -90,12 +91,17 @@ def test_same_tokens_with_other_targets(tmp_path):
         cache.lookup([5, 5])
 
 
-def test_ranks_write_their_own_shards(tmp_path):
-    """Four processes, the last of which meets examples that another one has as well."""
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(world.write, tmp_path, "topk", 40, rank, 4) for rank in range(4)]
-        for job in jobs:
-            job.result()
+@pytest.mark.parametrize("at_once", [False, *full(True)])
+def test_ranks_write_their_own_shards(tmp_path, at_once):
+    """Four ranks, the last of which meets examples that another one has as well; `at_once`: processes of their own."""
+    ranks = [(tmp_path, "topk", 40, rank, 4) for rank in range(4)]
+    if at_once:
+        with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+            for job in [pool.submit(world.write, *rank) for rank in ranks]:
+                job.result()
+    else:
+        for rank in ranks:
+            world.write(*rank)
     with pytest.raises(CacheError, match="was not finished; run it again"):
         TeacherCache.open(tmp_path)
     finish_cache(tmp_path, SPECS["topk"])
@@ -151,9 +157,15 @@ def read_in_worker(cache: TeacherCache) -> int:
     return len(cache)
 
 
+def test_handles_are_reopened(tmp_path):
+    cache = world.finished(tmp_path)
+    sent = pickle.dumps(cache)
+    assert len(sent) < 20_000 and read_in_worker(pickle.loads(sent)) == 30
+
+
+@pytest.mark.slow
 def test_handles_are_reopened_in_workers(tmp_path):
     cache = world.finished(tmp_path)
-    assert len(pickle.dumps(cache)) < 20_000
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         assert pool.submit(read_in_worker, cache).result() == 30
 

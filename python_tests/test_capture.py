@@ -13,6 +13,7 @@ import pytest
 import torch
 from capture_world import LENGTHS, capture_settings, write_world
 from cli_world import run
+from tiers import full
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_ext import compress_logits
@@ -51,10 +52,10 @@ LAUNCHERS = {
 }
 
 
-def launch(world, out, *options, launcher=""):
+def launch(world, out, launcher):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, *launcher.split(), str(WORKER), str(world), str(out), *map(str, options)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, *LAUNCHERS[launcher].split(), str(WORKER), str(world), str(out)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240).stderr
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +143,9 @@ def stop_after(batches):
     return progress
 
 
-def test_killed_and_stopped_it_goes_on_and_nothing_is_lost_or_doubled(world, captured, tmp_path):
-    done = launch(world, tmp_path, "--kill-after-batches", 3)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+def test_killed_and_stopped_it_goes_on_and_nothing_is_lost_or_doubled(world, captured, tmp_path, forks):
+    done = forks.run("capture_world", world, tmp_path, "--kill-after-batches", 3)
+    assert done.codes == [-signal.SIGKILL], done.output
     with pytest.raises(ValueError, match="was not finished"):
         TeacherCache.open(tmp_path)
     settings = capture_settings(world, tmp_path, flush_seconds=0.0)
@@ -215,12 +216,15 @@ def test_other_settings_need_another_folder(world, captured, tmp_path):
         capture(capture_settings(world, tmp_path, method="sample", rows=4, seed=1), processes=Processes())
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_go_on_from_what_one_had_done(world, captured, tmp_path, launcher):
+@pytest.mark.parametrize("launcher", ["none", *full(*LAUNCHERS)])
+def test_two_processes_go_on_from_what_one_had_done(world, captured, tmp_path, forks, launcher):
     with pytest.raises(Stopped):
         capture(capture_settings(world, tmp_path, flush_seconds=0.0), processes=Processes(), progress=stop_after(2))
-    done = launch(world, tmp_path, launcher=LAUNCHERS[launcher])
-    assert (tmp_path / "done1.json").is_file(), done.stderr[-3000:]
+    if launcher == "none":
+        output = forks.run("capture_world", world, tmp_path, processes=2).output
+    else:
+        output = launch(world, tmp_path, launcher)
+    assert (tmp_path / "done1.json").is_file(), output[-3000:]
     reports = [json.loads((tmp_path / f"done{rank}.json").read_text()) for rank in (0, 1)]
     assert [report["rows"] for report in reports] == [20, 20] and sum(report["found"] for report in reports) == 8
     cache = TeacherCache.open(tmp_path, verify="full")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cli_world import ROOT, run, settings_text, write_settings, write_world
 from safetensors.torch import load_file
+from tiers import full
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_ext.training import validation
@@ -112,7 +113,7 @@ def wait_for(condition, process, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, *full(signal.SIGKILL)])
 def test_stopped_run_resumes_to_the_same_weights(world, tmp_path, sent):
     # Long enough that the signal arrives in mid-run; checkpoints every 2 steps.
     config = tmp_path / "run.yaml"

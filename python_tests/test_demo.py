@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from tiers import full
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_ext.cli.tables import report_progress
@@ -154,15 +155,15 @@ def test_training_settings_are_checked_before_a_model_is_loaded(tmp_path):
 # ---- end to end
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
+@pytest.fixture(scope="module", params=[60, *full(120)])
+def outcome(request, tmp_path_factory):
     """`distillm demo --tiny` with a weaker teacher and fewer steps."""
-    folder = tmp_path_factory.mktemp("demo")
+    folder, steps = tmp_path_factory.mktemp("demo"), request.param
     plan = load_plan(
         "tiny.yaml",
-        ["demo.teacher_steps=250", "training.max_steps=120", "training.warmup_objective_steps=30",
+        [f"demo.teacher_steps={2 * steps}", f"training.max_steps={steps}",
+         f"training.warmup_objective_steps={steps // 4}", f"training.eval_steps={steps // 4}",
          "demo.train_rows=128", "demo.heldout_rows=48", "demo.validation_rows=32", "demo.generate_rows=24",
-         "training.eval_steps=30",
          "training.logging_steps=10"],
     )  # fmt: skip
     console = Console(file=io.StringIO())
@@ -173,7 +174,7 @@ def outcome(tmp_path_factory):
 
 def test_fresh_and_replayed_batches_really_occur(outcome):
     made, folder, _ = outcome
-    assert sum(made.batches.values()) == 120
+    assert sum(made.batches.values()) == load_settings(folder / "distilled" / "settings.yaml").training["max_steps"]
     assert min(made.batches.values()) > 0
     log = json.loads((folder / "distilled" / "log.json").read_text())
     assert {entry["batch_source"] for entry in log if "batch_source" in entry} & {"fresh", "replay"}

@@ -1,30 +1,12 @@
-"""Operator `few_rows_linear`: against float64, by instruction set, rows independent of each other, contract."""
-
-import os
-import subprocess
-import sys
+"""Operator `few_rows_linear`: against float64, rows independent of each other, contract."""
 
 import pytest
 import torch
+from few_rows_cases import DTYPES, assert_exact, operands
 from torch import nn
 
 from distillm_ext.generation.linears import MOST_ROWS, few_rows_linears
 from distillm_ext.ops.few_rows_linear import few_rows_linear
-
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-def operands(rows, columns, depth, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((rows, depth), (columns, depth), (columns,))
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-
-def assert_exact(found, x, weight, bias):
-    expected = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
-    scale = x.double().abs() @ weight.double().abs().t() + 1
-    unit = 2**-8 if found.dtype == torch.bfloat16 else 2**-22
-    assert found.dtype == x.dtype and ((found.double() - expected).abs() <= unit * scale).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,26 +64,6 @@ def test_opcheck_and_compile(dtype):
 def test_contract(change, message):
     with pytest.raises(RuntimeError, match=message):
         few_rows_linear(*change(*operands(2, 3, 4)))
-
-
-@pytest.mark.parametrize("isa", ["generic", "x86-64-v2", "x86-64-v3", "x86-64-v4"])
-def test_every_instruction_set(isa):
-    code = (
-        "import torch, test_few_rows_linear as t\n"
-        "for dtype in t.DTYPES:\n"
-        "    x, w, b = t.operands(7, 11, 45, dtype)\n"
-        "    t.assert_exact(t.few_rows_linear(x, w, b), x, w, b)\n"
-        "print(torch.ops.distillm_ext.cpu_instruction_set())"
-    )
-    environment = {
-        **os.environ,
-        "DISTILLM_CPU_ISA": isa,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    if done.stdout.strip() != isa:
-        pytest.skip(f"this processor has no {isa}")
 
 
 # ---- in models

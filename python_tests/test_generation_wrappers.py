@@ -1,10 +1,6 @@
 """The decode loop through what wraps a model: LoRA, DDP, FSDP2, autocast, compile, checkpointing, other signatures."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
@@ -16,7 +12,6 @@ from torch import nn
 from distillm_ext.generation import SamplingParams, generate
 from distillm_ext.generation.forward import CausalForward
 
-WORKER = Path(__file__).with_name("generation_worker.py")
 OPTIONS = dict(max_new_tokens=[6, 2, 5], eos_token_ids=())
 
 
@@ -143,16 +138,11 @@ def test_models_without_a_cache_are_refused():
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def out(tmp_path_factory, forks):
     folder = tmp_path_factory.mktemp("generation")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(WORKER), str(folder)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = forks.run("generation_worker", folder, processes=2)
     # Judged by the last file, not by the exit status: gloo may abort after all work is done.
-    assert all((folder / f"rank{rank}.json").is_file() for rank in (0, 1)), done.stderr[-4000:]
+    assert all((folder / f"rank{rank}.json").is_file() for rank in (0, 1)), done.output[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 

@@ -178,8 +178,12 @@ def kept(limit: str, rows: list[int]) -> subprocess.CompletedProcess:
     return subprocess.run(probe, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_limit_holds_and_the_newest_stays():
+@pytest.mark.slow
+def test_nothing_is_kept_under_a_limit_of_zero():
     assert int(kept("0", [64]).stdout) == 0
+
+
+def test_the_limit_holds_and_the_newest_stays():
     # 8, 20 and 40 MiB under a limit of 48: the two oldest go.
     found = int(kept("48", [66, 164, 328]).stdout)
     assert 40 * MIB <= found <= 48 * MIB

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from linear_cases import HIDDEN, ROWS, VOCAB, Case, close, logits_of, make_case, value_and_gradients
+from tiers import full
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -90,16 +91,16 @@ def test_second_derivative_is_refused():
     "divergence", [name for name in DIVERGENCES if name not in ("token_adaptive", "adaptive_kl", "interpolated")]
 )
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_gradcheck(divergence, softcap):
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.pairwise
+def test_gradcheck(divergence, softcap, reduction):
     case = make_case(torch.float64, vocab=9, teacher_vocab=9, shape=(4,))
-    options = dict(divergence=divergence, ce_weight=0.3, chunk_rows=2, reduction="none")
+    options = dict(divergence=divergence, ce_weight=0.3, chunk_rows=2, reduction=reduction)
 
     def loss(hidden, weight, bias):
         moved = replace(case, hidden=hidden, weight=weight, bias=bias, softcap=softcap, scale=0.7)
         return moved.ours(**options)
 
-    assert torch.autograd.gradcheck(loss, (case.hidden, case.weight, case.bias))
-    options["reduction"] = "mean"
     assert torch.autograd.gradcheck(loss, (case.hidden, case.weight, case.bias))
 
 
@@ -134,8 +135,9 @@ def test_opcheck_per_row_and_inference(monkeypatch):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_fullgraph(reduction, dynamic):
+@pytest.mark.parametrize("dynamic", [True, *full(False)])
+@pytest.mark.parametrize("backend", ["aot_eager", *full("inductor")])
+def test_compile_fullgraph(reduction, dynamic, backend):
     torch.compiler.reset()
     case = make_case()
 
@@ -148,7 +150,7 @@ def test_compile_fullgraph(reduction, dynamic):
 
     inputs = (case.hidden, case.weight, case.bias, case.teacher.hidden, case.teacher.weight, case.labels)
     expected = value_and_gradients(step(*inputs), case)
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
     for upstream in (None, torch.tensor(2.0)):
         value, gradients = value_and_gradients(compiled(*inputs), case, upstream)
         torch.testing.assert_close(value, expected[0])

@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,20 +10,14 @@ from safetensors.torch import load_file
 from test_router_loss import moe
 from trainer_world import expected_gradients, first_step, token_rows
 
-WORKER = Path(__file__).with_name("nan_worker.py")
-
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    """Runs all jobs once, in one launch."""
+def out(tmp_path_factory, forks):
+    """Runs all jobs once."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, str(WORKER), str(folder)], env=environment, capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
+    done = forks.run("nan_worker", folder, processes=2)
     # Judged by the last files, not by the exit status: gloo may abort after all work is done.
-    assert (folder / "done0").is_file() and (folder / "done1").is_file(), done.stderr[-4000:]
+    assert (folder / "done0").is_file() and (folder / "done1").is_file(), done.output[-4000:]
     return folder
 
 

@@ -1,11 +1,7 @@
 """Kept teacher logits in checkpoints, and over processes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +9,6 @@ from reuse_worker import RANK_JOBS, rank_trainer, reuse_trainer
 from safetensors.torch import load_file
 from trainer_worker import InterruptAfterStep, InterruptedRun
 from trainer_world import logged, weights
-
-WORKER = Path(__file__).with_name("reuse_worker.py")
-
-
-def environment(threads=1):
-    paths = os.pathsep.join(path for path in sys.path if path)
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
 
 
 def assert_same_weights(found, expected):
@@ -61,16 +50,15 @@ def test_resume_gives_the_same_weights_and_asks_the_teacher_no_more(tmp_path, se
         assert logged(resumed, name) == logged(expected, name)
 
 
-def test_kill_9_and_resume_gives_the_same_weights(tmp_path):
+def test_kill_9_and_resume_gives_the_same_weights(tmp_path, forks):
     expected = reuse_trainer(tmp_path / "whole")
     expected.train()
     assert {"data", "fresh", "replay"} == set(logged(expected, "batch_source"))
     for options, code in ((["--kill-after-step", "7"], -signal.SIGKILL), (["--resume"], 0)):
-        command = [sys.executable, str(WORKER), "train", str(tmp_path / "killed"), *options]
         # Sums over rows depend on the number of threads in their last bits: as many as this process has.
-        env = environment(torch.get_num_threads())
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-        assert done.returncode == code, done.stderr
+        threads = torch.get_num_threads()
+        done = forks.run("reuse_worker", "train", tmp_path / "killed", *options, threads=threads)
+        assert done.codes == [code], done.output
     assert_same_weights(load_file(tmp_path / "killed" / "result.safetensors"), weights(expected))
 
 
@@ -114,14 +102,11 @@ def test_replayed_records_are_dealt_out_with_their_sequences(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def out(tmp_path_factory, forks):
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(WORKER), "ranks", str(folder)], env=environment(), capture_output=True, text=True, timeout=400
-    )
+    done = forks.run("reuse_worker", "ranks", folder, processes=2)
     # Judged by the last file, not by the exit status: gloo may abort after all work is done.
-    assert (folder / "last1.safetensors").is_file() and (folder / "last0.safetensors").is_file(), done.stderr[-4000:]
+    assert (folder / "last1.safetensors").is_file() and (folder / "last0.safetensors").is_file(), done.output[-4000:]
     return folder
 
 

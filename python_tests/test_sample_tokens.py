@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sampling_oracle import Rule, adjusted, bits_at, centres, expected
+from tiers import full
 
 from distillm_ext import sample_tokens
 from distillm_ext.ops.sample_tokens import sample_tokens as sample_op
@@ -28,15 +29,22 @@ def draw_at(row: torch.Tensor, rule: Rule, bits, **lists):
     return sample_op(row.expand(len(bits), -1), bits=bits, **options)
 
 
-def check_row(row: torch.Tensor, rule: Rule, z: np.ndarray | None = None, **lists) -> None:
-    """Every token of the oracle's kept set is drawn in the middle of its share, with its log-probabilities; nothing
-    else is drawn at the ends. Where a cumulative mass lies within 1e-6 of a threshold the set is known but for the
-    tokens in between: nothing beyond them is drawn, everything before them is, and shares move by that much."""
+def thinned(most: int | None, *arrays: np.ndarray) -> list[np.ndarray]:
+    length = len(arrays[0])
+    chosen = np.linspace(0, length - 1, most).astype(int) if most and length > most else slice(None)
+    return [array[chosen] for array in arrays]
+
+
+def check_row(row: torch.Tensor, rule: Rule, z: np.ndarray | None = None, most: int | None = None, **lists) -> None:
+    """Every token of the oracle's kept set (or `most` of them, evenly spaced) is drawn in the middle of its
+    share, with its log-probabilities; nothing else is drawn at the ends. Where a cumulative mass lies within 1e-6 of a
+    threshold the set is known but for the tokens in between: nothing beyond them is drawn, everything before them is,
+    and shares move by that much."""
     raw = row.double().numpy()
     z = raw if z is None else z
     case = expected(z, rule)
     clear = case.margin >= 1e-6
-    tokens, bits = centres(case, 1e-6 if clear else 1e-5)
+    tokens, bits = thinned(most, *centres(case, 1e-6 if clear else 1e-5))
     got, logprob, filtered, valid = draw_at(row, rule, bits, **lists)
     assert valid.all()
     np.testing.assert_array_equal(got.numpy(), tokens)
@@ -46,7 +54,7 @@ def check_row(row: torch.Tensor, rule: Rule, z: np.ndarray | None = None, **list
     ends = torch.cat([ALL_BITS, torch.from_numpy(bits_at((np.arange(200) + 0.5) / 200))])
     assert case.possible[draw_at(row, rule, ends, **lists)[0].numpy()].all()
     if not clear:
-        tokens, bits = centres(case, 1e-9)
+        tokens, bits = thinned(most, *centres(case, 1e-9))
         tokens, bits = tokens[case.sure[tokens]], bits[case.sure[tokens]]
         cumulative, got = np.cumsum(case.probability), draw_at(row, rule, bits, **lists)[0].numpy()
         assert np.abs(cumulative[got] - cumulative[tokens]).max(initial=0) < 3e-5
@@ -60,19 +68,21 @@ def test_kept_sets_and_draws(rule, dtype):
         check_row((torch.randn(vocab) * 3).to(dtype), rule)
 
 
+@pytest.mark.parametrize("most", [500, *full(None)])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_large_vocabulary(rule):
+def test_large_vocabulary(rule, most):
     torch.manual_seed(2)
     row = torch.randn(50257) * 4
-    check_row(row, rule)
+    check_row(row, rule, most=most)
 
 
+@pytest.mark.parametrize("most", [500, *full(None)])
 @pytest.mark.parametrize("top_k", (80, 500, 1000, 6000, 6289, 49000))
-def test_large_top_k(top_k):
+def test_large_top_k(top_k, most):
     """Bounds from groups of the row, from their strands, and none."""
     torch.manual_seed(8)
     for spread in (0.01, 3.0):
-        check_row(torch.randn(50319) * spread, Rule(top_k=top_k))
+        check_row(torch.randn(50319) * spread, Rule(top_k=top_k), most=most)
 
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.temperature < 3], ids=str)

@@ -1,11 +1,6 @@
-"""Operator and public function of `sample_tokens`: invariance, layouts, compile, opcheck, instruction sets, errors."""
+"""Operator and public function of `sample_tokens`: invariance, layouts, compile, opcheck, errors."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -171,32 +166,3 @@ def test_errors_name_the_argument(name, value, error):
     arguments = {"logits": torch.zeros(2, 5), "seed": 0, "position": 0, name: value}
     with pytest.raises(error, match=f"^{name} must"):
         sample_tokens(arguments.pop("logits"), **arguments)
-
-
-CODE = """
-import json, sys, torch
-sys.path.insert(0, sys.argv[1])
-from test_sample_tokens_op import fields, mixed_batch, DTYPES
-from distillm_ext import build_info, sample_tokens
-out = {"isa": build_info()["cpu_isa"]}
-for dtype in DTYPES:
-    logits, parameters = mixed_batch(rows=64, vocab=5003, dtype=dtype)
-    out[str(dtype)] = [x.view(torch.int32).tolist() if x.is_floating_point() else x.tolist()
-                       for x in fields(sample_tokens(logits, **parameters))]
-print(json.dumps(out))
-"""
-
-
-def on_instruction_set(name: str) -> dict:
-    environment = {**os.environ, "DISTILLM_CPU_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", CODE, os.path.dirname(__file__)]
-    return json.loads(subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout)
-
-
-@pytest.mark.parametrize("isa", ("x86-64-v2", "x86-64-v3", "x86-64-v4"))
-def test_instruction_sets_agree_bit_for_bit(isa):
-    generic, other = on_instruction_set("generic"), on_instruction_set(isa)
-    if other.pop("isa") != isa:
-        pytest.skip(f"this processor has no {isa}")
-    generic.pop("isa")
-    assert other == generic

@@ -1,14 +1,12 @@
 """Operator `topk_logits`, method "topk", on the CPU against the float64 reference; and as PyTorch sees it."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import full
 
 from distillm_ext import compress_logits
 from distillm_ext.ops.topk_logits import topk_logits
@@ -133,14 +131,6 @@ def test_large_logits_keep_their_digits():
     check(logits, 16)
 
 
-@pytest.mark.parametrize("isa", ("generic", "x86-64-v2", "x86-64-v3", "x86-64-v4"))
-def test_instruction_sets(isa):
-    """The same file on every set this processor has (a set it lacks falls back to its best)."""
-    selection = "test_against_reference and 5003 or adversarial or bad_rows or tiny_tail"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]
-    subprocess.run(command, check=True, env=os.environ | {"DISTILLM_CPU_ISA": isa}, capture_output=True)
-
-
 def test_layouts():
     logits = rows(6, 501)
     wide = torch.cat([logits, logits], 1)[:, :501]
@@ -195,8 +185,9 @@ def test_opcheck(dtype, sample, labelled):
     torch.library.opcheck(torch.ops.distillm_ext.topk_logits.default, arguments)
 
 
-@pytest.mark.parametrize("dynamic", (False, True))
-def test_compile_fullgraph(dynamic):
+@pytest.mark.parametrize("dynamic", [True, *full(False)])
+@pytest.mark.parametrize("backend", ["aot_eager", *full("inductor")])
+def test_compile_fullgraph(dynamic, backend):
     torch.compiler.reset()
 
     def step(hidden, labels):
@@ -204,7 +195,7 @@ def test_compile_fullgraph(dynamic):
         return compressed[:, 1:], compressed.flatten().logprobs.sum()
 
     hidden, labels = rows(6, 70).view(2, 3, 70), torch.zeros(2, 3, dtype=torch.long)
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
     (found, total), (expected, expected_total) = compiled(hidden, labels), step(hidden, labels)
     assert torch.equal(found.ids, expected.ids) and found.temperatures == (1.0, 2.0)
     torch.testing.assert_close(found.tail_logprob, expected.tail_logprob)

@@ -1,10 +1,6 @@
-"""Two gloo processes under torchrun against one process with the same global batch."""
+"""Two gloo processes against one process with the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,21 +11,14 @@ from trainer_world import logged, tiny_model, weights
 from distillm_ext.training.heads import TokenBatch
 from distillm_ext.training.meters import METRICS
 
-WORKER = Path(__file__).with_name("trainer_worker.py")
-
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    """Runs all jobs once, in one launch: starting two processes costs more than the jobs."""
+def out(tmp_path_factory, forks):
+    """Runs all jobs once."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, str(WORKER), "ranks", str(folder)], env=environment, capture_output=True, text=True, timeout=400
-    )
+    done = forks.run("trainer_worker", "ranks", folder, processes=2)
     # Judged by the last file, not by the exit status: gloo may abort after all work is done.
-    assert (folder / "sharded" / "own_unit_fused.safetensors").is_file(), done.stderr[-4000:]
+    assert (folder / "sharded" / "own_unit_fused.safetensors").is_file(), done.output[-4000:]
     return folder
 
 

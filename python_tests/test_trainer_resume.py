@@ -1,11 +1,7 @@
 """Checkpoints: a run that is killed at any moment resumes to the same weights, bit for bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +10,6 @@ from trainer_worker import InterruptAfterStep, InterruptedRun, job_trainer
 from trainer_world import adaptive, logged, tiny_config, tiny_trainer, weights
 
 from distillm_ext.training import checkpoint, newest_complete_checkpoint, resumable
-
-WORKER = Path(__file__).with_name("trainer_worker.py")
-
-
-def run_worker(out, *options):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    command = [sys.executable, str(WORKER), "train", str(out), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
 def assert_same_weights(found, expected):
@@ -38,23 +25,28 @@ def folders(out):
 # ---- killed
 
 
-def test_kill_9_twice_and_resume_gives_the_same_weights(tmp_path):
+def test_kill_9_twice_and_resume_gives_the_same_weights(tmp_path, forks):
+    def run(*options):
+        # Sums over rows depend on the number of threads in their last bits: as many as this process has.
+        done = forks.run("trainer_worker", "train", out, *options, threads=torch.get_num_threads())
+        return done.codes, done.output
+
     expected = job_trainer(tmp_path / "whole")
     expected.train()
     sources = logged(expected, "batch_source")
     assert set(sources[:5]) & {"fresh", "replay"} and {"data", "fresh", "replay"} == set(sources)
 
     out = tmp_path / "killed"
-    first = run_worker(out, "--kill-after-step", "5")
-    assert first.returncode == -signal.SIGKILL, first.stderr
+    codes, output = run("--kill-after-step", "5")
+    assert codes == [-signal.SIGKILL], output
     assert folders(out) == ["checkpoint-2", "checkpoint-4"]
-    second = run_worker(out, "--resume", "--kill-in-save", "8")
-    assert second.returncode == -signal.SIGKILL, second.stderr
+    codes, output = run("--resume", "--kill-in-save", "8")
+    assert codes == [-signal.SIGKILL], output
     # The folder of step 8 has all of transformers' files and would be resumed from by its number.
     assert (out / "checkpoint-8" / "model.safetensors").is_file()
     assert newest_complete_checkpoint(out) == str(out / "checkpoint-6")
-    third = run_worker(out, "--resume")
-    assert third.returncode == 0, third.stderr
+    codes, output = run("--resume")
+    assert codes == [0], output
 
     assert_same_weights(load_file(out / "result.safetensors"), weights(expected))
     history = json.loads((out / "result.json").read_text())["log_history"]

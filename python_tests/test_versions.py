@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 
 import pytest
+import transformers.cache_utils
 from gguf_world import write_gguf
 from packaging.requirements import Requirement
 from packaging.version import Version
+from test_decode import GREEDY, assert_rows, make, prompts
 from transformers import AutoTokenizer
 
+from distillm_ext.generation import cache, generate
 from distillm_ext.models.loading import load_tokenizer
 
 REQUIREMENTS = [Requirement(text) for text in importlib.metadata.requires("distillm_ext") or []]
@@ -52,6 +56,23 @@ for prompt, tokens in zip([[3, 4, 5], [6]], found):
 """
 
 
+def test_the_cache_does_without_a_name_for_empty_layers(monkeypatch):
+    """transformers before 5.23: the module is executed anew, its decode loop runs with what it found."""
+    monkeypatch.delattr(transformers.cache_utils, "DummyLayer", raising=False)
+    spec = importlib.util.find_spec("distillm_ext.generation.cache")
+    older = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, older)  # where dataclasses look their module up
+    spec.loader.exec_module(older)
+    assert older._EMPTY_LAYERS == ()
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "_EMPTY_LAYERS", older._EMPTY_LAYERS)
+    ids, mask = prompts([3, 1])
+    found = generate(make("llama"), ids, mask, GREEDY, max_new_tokens=[4, 4], eos_token_ids=())
+    assert cache.supports_rows(make("llama").config)
+    assert_rows(found, make("llama"), ids, mask, [4, 4])
+
+
+@pytest.mark.slow
 def test_decode_loop_without_empty_layers(tmp_path):
     # Elsewhere than in the source folder: Python would take the package of that folder for the installed one.
     done = subprocess.run(
