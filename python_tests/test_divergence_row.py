@@ -1,9 +1,6 @@
 """adaptive_kl and interpolated: what they hold constant, heads with ties, ends of their parameters, broken rows."""
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -160,14 +157,6 @@ def test_head_where_rounding_decides():
     forward, reverse = (run(student, teacher, torch.ones(400), divergence=f"{d}_kl")[0] for d in ("forward", "reverse"))
     value, _ = run(student, teacher, torch.ones(400), divergence="adaptive_kl", alpha=mu)
     torch.testing.assert_close(value.double(), (1 - shares) * forward + shares * reverse, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("isa", ("generic", "x86-64-v2", "x86-64-v3", "x86-64-v4"))
-def test_head_on_every_instruction_set(isa):
-    """On every set this processor has (for a set that it lacks it takes its best)."""
-    selection = "rounding_decides or ties_go"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]
-    subprocess.run(command, check=True, env=os.environ | {"DISTILLM_CPU_ISA": isa}, capture_output=True)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))

@@ -13,6 +13,7 @@ import sys
 
 import few_rows_cases as few_rows
 import pytest
+import test_divergence_row as head
 import test_logprob_divergence as logprobs
 import test_sample_tokens_op as sampling
 import test_topk_logits as topk
@@ -45,6 +46,9 @@ def check_references() -> None:
     for dtype in few_rows.DTYPES:
         x, weight, bias = few_rows.operands(7, 11, 45, dtype)
         few_rows.assert_exact(few_rows_linear(x, weight, bias), x, weight, bias)
+    head.test_head_where_rounding_decides()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        head.test_ties_go_by_ascending_id(dtype)
     for form in LOGPROB_FORMS:
         for dtype in (torch.float32, torch.bfloat16):
             x, y, weight = logprobs.pair(3, 2500, dtype, form)
