@@ -1,9 +1,9 @@
 // adaptive_kl: which entries are the teacher's head, and how far the sides are apart on it.
 //
 // The head is what comes before the first entry, in the order of row_selection.h, up to which the teacher's mass
-// exceeds mu; or the top entry, where that is the one. Masses are integers and have the same bits on every instruction
-// set. Two walks over the row: its mass; the entries that are not too light for the boundary, among which it is
-// searched.
+// exceeds mu; or the top entry, where that is the one. Masses are integers; those of floats have the same bits
+// on every instruction set. Two walks over the row: its mass; the entries that are not too light for the boundary,
+// among which it is searched.
 #pragma once
 
 #include "../math/row_divergence.h"

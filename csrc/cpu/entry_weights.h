@@ -2,6 +2,9 @@
 // sums stay apart here, whatever the file that includes this lets the compiler do elsewhere.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "../math/token_mass.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -39,11 +42,12 @@ double tile_weight(const Real* z, int64_t count, Weighing<Real> by) {
   return sum;
 }
 
-// Entries that weigh `weight` or more have at least this logit: a margin is left for the rounding of weights.
+// Entries with a lower logit weigh less than `weight`, as rounded to units of 2^-44 and summed: the margins are for
+// that rounding, by half a unit, and for those of exponential and logarithm.
 template <class Real>
 Real logit_below(double weight, Weighing<Real> by) {
   constexpr Real kLowest = std::numeric_limits<Real>::lowest();
-  const double bound = by.maximum + (std::log2(weight) + by.lowered - 0.01) / by.scale;
+  const double bound = by.maximum + (std::log2(weight - 2 / kMassUnits) + by.lowered - 0.01) / by.scale;
   return bound > kLowest ? std::nextafter(static_cast<Real>(bound), kLowest) : kLowest;
 }
 

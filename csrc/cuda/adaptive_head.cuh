@@ -20,7 +20,8 @@
 //
 // Masses are integers (math/token_mass.h): their sums, and so the head, do not depend on the numbers of threads and
 // blocks, and equal logits have equal masses. Each digit is one visit to the row: two for the logits of a bfloat16,
-// three of a half, four of a float, and up to three for the id where equal logits lie on both sides of the boundary.
+// three of a half, four of a float, and three for the id of up to 2^24 entries where equal logits lie on both sides of
+// the boundary.
 //
 //   held by    what
 //   thread     prefix, left: the same in all threads of the cluster

@@ -1,12 +1,12 @@
-// The weight of one vocabulary entry when a token is drawn, as an integer.
+// The weight of one vocabulary entry as an integer: when a token is drawn, and in the teacher's head of adaptive_kl.
 //
 // With x = (z - max z) log2(e) / T the weight is 2^x in units of 2^-44. Integer sums do not depend on their order, so
 // that a row gives the same token in every tiling, with every number of threads and on every device; to that end
 // exp2_portable has the same bits everywhere. An entry 31 nats below the maximum still weighs 1 unit; what lies deeper
 // is rounded to 0 or 1 and never carries more than 2^-45 of the maximum each.
 //
-// Sums of less than 2^20 weights fit 64 bits. Files that include this for the CPU are compiled without contraction of
-// products and sums (fp-contract=off).
+// Sums of less than 2^20 weights fit 64 bits. What weighs entries on the CPU is compiled without contraction of
+// products and sums: cpu/entry_weights.h, cpu/sample_tokens_rows.h.
 #pragma once
 
 #include "exponential.h"

@@ -4,6 +4,7 @@
 #include <random>
 #include <vector>
 
+#include "../cpu/entry_weights.h"
 #include "../cpu/row_selection.h"
 #include "check.h"
 
@@ -105,6 +106,26 @@ void test_double_weights_lie_on_the_grid() {
   }
 }
 
+// Entries below the logit of a bound weigh less than it each, also where the bound is a few units and rounding adds
+// half a unit to each of them: else the candidates above it would not measure what is searched among them.
+template <class Real>
+void test_entries_below_a_bound_are_lighter() {
+  const Real nat = static_cast<Real>(1.4426950408889634);
+  for (const Real lowered : {Real(0), Real(2)}) {
+    const Weighing<Real> by{Real(3), nat, lowered};
+    for (double units = 0.3; units < 300; units *= 1.011) {
+      for (const double share : {0.9, 0.985, 0.9925, 0.9999, 1.0, 1.01}) {
+        const double weight = units / kMassUnits;
+        const Real z = static_cast<Real>(3 + (std::log2(share * weight) + lowered) / nat);
+        if (z >= logit_below(weight, by)) continue;
+        Real rounded;
+        weigh(&z, 1, by, &rounded);
+        CHECK(static_cast<double>(mass_of(rounded)) < units);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -113,5 +134,7 @@ int main() {
   test_worked_row();
   test_signed_zeros_are_equal();
   test_double_weights_lie_on_the_grid();
+  test_entries_below_a_bound_are_lighter<float>();
+  test_entries_below_a_bound_are_lighter<double>();
   return report("row_selection");
 }
