@@ -48,6 +48,7 @@ def beyond_pairs(grid: list[pytest.Function]) -> list[pytest.Function]:
         return set(combinations(sorted(item.callspec.indices.items()), 2))
 
     left = {item: pairs(item) for item in grid}
+    assert all(left.values()), "the mark `pairwise` is for tests of two parameters and more"
     missing = set().union(*left.values())
     while missing:
         best = max(left, key=lambda item: len(left[item] & missing))  # the first of equals: the same in every process

@@ -1,4 +1,7 @@
-"""Generates on two processes, under FSDP2 and under DDP: torchrun … generation_worker.py OUT. Results are files."""
+"""Generates on two processes, under FSDP2 and under DDP; results are files.
+
+forks.run("generation_worker", OUT, processes=2)
+"""
 
 from __future__ import annotations
 

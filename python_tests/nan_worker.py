@@ -1,6 +1,6 @@
 """Runs of several ranks of which one alone meets a NaN; evaluation and router balance over ranks.
 
-torchrun … nan_worker.py OUT
+forks.run("nan_worker", OUT, processes=2)
 """
 
 import json

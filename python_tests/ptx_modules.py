@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
+import ptxsim
 from ptx_kernels import FUNCTORS, compiled
 from tqdm import tqdm
 
@@ -45,6 +46,11 @@ def build(source: str, arch: str, defines: dict[str, str]) -> str:
 
 
 def main() -> None:
+    try:
+        ptxsim.find_nvcc()
+    except ptxsim.BuildError as error:
+        print(f"no kernel is simulated: {error}")
+        return
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         waiting = [pool.submit(build, *module) for module in modules()]
         with tqdm(total=len(waiting), desc="simulated kernels", unit="module") as progress:

@@ -1,7 +1,7 @@
 """Runs that reuse teacher logits, in processes of their own.
 
 reuse_worker.py train OUT [--kill-after-step N] [--resume]
-torchrun … reuse_worker.py ranks OUT
+forks.run("reuse_worker", "ranks", OUT, processes=2)
 """
 
 from __future__ import annotations

@@ -267,3 +267,15 @@ def test_settings_that_do_not_fit(tmp_path):
         TeacherCache.open(tmp_path, verify="none")
     with pytest.raises(CacheError, match="there is no cache"):
         TeacherCache.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("field,value", [("seed", 1.5), ("seed", "1"), ("k", True), ("vocab_size", 9.0), ("labels", 1)])
+def test_fields_of_another_type_are_named(field, value):
+    with pytest.raises(TypeError, match=field):
+        CompressionSettings(**({"vocab_size": 50} | {field: value}))
+
+
+@pytest.mark.parametrize("note,seed", [(7, 7), (None, 0), ("first", 0)])
+def test_a_note_called_seed_of_an_earlier_cache(note, seed):
+    values = CacheSpec(CompressionSettings(50)).to_json()
+    assert CacheSpec.from_json(values | {"details": {"seed": note}}).compression.seed == seed

@@ -243,3 +243,9 @@ def test_draws_are_numbered_by_sequence_and_index():
     assert both.dtype == np.int64 and (both >= 0).all() and len(set(both.tolist())) == 5
     np.testing.assert_array_equal(both[2:], draw_positions([two], [3]))
     assert draw_positions([], []).shape == (0,)
+
+
+def test_a_folder_that_is_none_is_not_called_full(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot keep .* temporary file in .*inside: Not a directory"):
+        RecordStore(BYTES, tmp_path / "file" / "inside").put(key(0), records(0, 1))

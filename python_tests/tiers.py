@@ -10,8 +10,3 @@ import pytest
 def full(*values: Any) -> list[Any]:
     """Values of a parameter of which `make test` takes none, `make test-all` each."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
-
-
-def full_after(count: int, values: list[Any]) -> list[Any]:
-    """All values, those behind the first `count` for `make test-all` alone."""
-    return [*values[:count], *full(*values[count:])]

@@ -1,7 +1,7 @@
 """Runs a training job in a process of its own, so that a test can kill it or start several.
 
     trainer_worker.py train OUT [--kill-after-step N] [--kill-in-save N] [--resume]
-    torchrun … trainer_worker.py ranks OUT
+    forks.run("trainer_worker", "ranks", OUT, processes=2)
 
 Results are files; a process group that aborts while it is torn down does not change them.
 """

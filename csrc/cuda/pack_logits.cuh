@@ -1,7 +1,7 @@
 // Packed records [R, bytes] of compressed logits: ids, logprobs [R, k] and the numbers of each row (math/record.h).
 //
 // One block per row; thread t takes the entries t, t + threads, ... The place of an entry among the ids is the number
-// of smaller ones, counted in shared memory: k^2 comparisons, nothing to a GPU at k <= 1024 and free of barriers.
+// of smaller ones, counted in shared memory: k^2 comparisons, little to a GPU at k <= 1024 and free of barriers.
 // Fields are joined by atomic OR into the record in shared memory, so the bytes do not depend on the order of threads;
 // they are those of the CPU, since each number is made by the same single roundings. Every input is read at most twice,
 // every byte written once.

@@ -59,7 +59,8 @@ class CacheSpec:
         """Inverse of `to_json`; other entries are passed over."""
         details = dict(values["details"])
         named = {f.name: values[f.name] for f in fields(CompressionSettings) if f.name != "seed"}
-        compression = CompressionSettings(**named, seed=int(details.pop("seed", 0)))
+        seed = details.pop("seed", 0)  # of any type: notes were free once
+        compression = CompressionSettings(**named, seed=seed if type(seed) is int else 0)
         return cls(compression, **{name: values[name] for name in _FINGERPRINTS}, details=details)
 
     def check_equal(self, other: CacheSpec, what: str) -> None:

@@ -5,6 +5,7 @@ A sequence has one record of `record_bytes` bytes per target. Records are only k
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Collection, Iterator
@@ -133,16 +134,20 @@ class RecordStore:
                 written = os.pwrite(self._file.fileno(), rest, offset)
                 rest, offset = rest[written:], offset + written
         except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise OSError(
+                    error.errno, f"cannot keep teacher logits in a temporary file in {self.folder}: {error.strerror}"
+                ) from error
             raise OSError(
                 error.errno,
                 f"teacher logits do not fit into a temporary file in {self.folder}, which has {offset / 2**20:.1f} MiB "
-                f"of them ({error.strerror}); make room there, choose another folder, or keep fewer entries",
+                f"of them ({error.strerror}); make room there, choose another output_dir, or keep fewer entries",
             ) from error
 
     def _content(self) -> np.ndarray:
         """[records in the file or fewer, record_bytes]: the file itself."""
         if self._file is not None and len(self._map) < self._end:
-            self._map = np.memmap(self._file, dtype=np.uint8, mode="r+", shape=(self._end, self.record_bytes))
+            self._map = np.memmap(self._file, dtype=np.uint8, mode="c", shape=(self._end, self.record_bytes))
         return self._map
 
     def _write_anew(self) -> None:

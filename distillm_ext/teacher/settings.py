@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ class CompressionSettings:
         seed: of method "sample".
 
     Raises:
+        TypeError: a field of another type.
         ValueError: settings that no record can have; the message names the field.
 
     Example:
@@ -44,6 +46,13 @@ class CompressionSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        for name in ("vocab_size", "k", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            object.__setattr__(self, name, operator.index(value))
+        if not isinstance(self.labels, bool):
+            raise TypeError(f"labels must be True or False, got {self.labels!r}")
         if self.method not in ("topk", "sample"):
             raise ValueError(f"method must be 'topk' or 'sample', got {self.method!r}")
         _ = self.record_bytes  # refuses the others

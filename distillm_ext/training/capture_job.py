@@ -222,9 +222,8 @@ def cache_spec(settings: CaptureSettings, teacher: Any, tokenizer: Any, rows: Da
             settings.method,
             settings.codec,
             settings.temperatures,
-            labels=True,
             seed=settings.seed,
-        ),  # fmt: skip
+        ),
         teacher=fingerprint_model(teacher),
         tokenizer=fingerprint_tokenizer(tokenizer),
         dataset=fingerprint_dataset(rows),

@@ -390,6 +390,8 @@ class Simulator:
         headers = [(HERE / name).read_bytes() for name in HEADERS]
         key = _digest(self._cpp, *headers, " ".join([*flags, *context]), cxx, version)
         target = cache_dir() / f"module-{key}.so"
+        if target.exists():
+            return target
         with _alone(target) as folder:
             if not target.exists():
                 source, output = folder / "module.cpp", folder / "module.so"
