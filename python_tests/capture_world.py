@@ -9,6 +9,8 @@ import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +21,20 @@ from distillm_ext.training.capture_job import CaptureSettings, Processes, captur
 from distillm_ext.training.settings import DatasetSettings
 
 LENGTHS = dict(max_prompt_length=24, max_length=40)
+
+
+LAUNCHERS = {
+    "torchrun": "-m torch.distributed.run --standalone --nproc_per_node 2",
+    # --multi_gpu is what starts several processes; without a GPU they run on the CPU.
+    "accelerate": "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
+    "--mixed_precision no --dynamo_backend no",
+}
+
+
+def launch(world, out, launcher):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, *LAUNCHERS[launcher].split(), __file__, str(world), str(out)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240).stderr
 
 
 def write_world(folder: Path, rows: int = 40) -> Path:

@@ -2,16 +2,13 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from capture_world import LENGTHS, capture_settings, write_world
+from capture_world import LAUNCHERS, LENGTHS, capture_settings, launch, write_world
 from cli_world import run
 from tiers import full
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,8 +21,6 @@ from distillm_ext.teacher.manifest import Manifest
 from distillm_ext.training import capture_job
 from distillm_ext.training.capture_job import Processes, capture, token_rows
 from distillm_ext.training.teacher import ModelTeacher
-
-WORKER = Path(__file__).with_name("capture_world.py")
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +37,6 @@ def mask_of(row):
     mask = np.zeros(len(row.tokens), dtype=bool)
     mask[row.targets] = True
     return mask
-
-
-LAUNCHERS = {
-    "torchrun": "-m torch.distributed.run --standalone --nproc_per_node 2",
-    # --multi_gpu is what starts several processes; without a GPU they run on the CPU.
-    "accelerate": "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
-    "--mixed_precision no --dynamo_backend no",
-}
-
-
-def launch(world, out, launcher):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, *LAUNCHERS[launcher].split(), str(WORKER), str(world), str(out)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240).stderr
 
 
 @pytest.fixture(scope="module")
