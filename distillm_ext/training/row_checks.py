@@ -163,14 +163,18 @@ def _check_content(message: Mapping[str, Any], place: str) -> None:
     )
 
 
+def _check_mappings(value: Any, place: str) -> None:
+    """A list of mappings, or None."""
+    if not isinstance(value, list | None):
+        raise RowError(f"{place} must be a list of mappings, got {type_name(value)}; parse it where it is JSON text")
+    for index, entry in enumerate(value or []):
+        if not isinstance(entry, Mapping):
+            raise RowError(f"{place}[{index}] must be a mapping, got {type_name(entry)}")
+
+
 def _check_calls(calls: Any, place: str) -> None:
-    if calls is None:
-        return
-    if not isinstance(calls, list):
-        raise RowError(f"{place} must be a list of mappings, got {type_name(calls)}; parse it where it is JSON text")
-    for index, call in enumerate(calls):
-        if not isinstance(call, Mapping):
-            raise RowError(f"{place}[{index}] must be a mapping, got {type_name(call)}")
+    _check_mappings(calls, place)
+    for index, call in enumerate(calls or []):
         inner = [call, *(value for value in call.values() if isinstance(value, Mapping))]
         if not any(isinstance(part.get("name"), str) and part["name"] for part in inner):
             raise RowError(f"{place}[{index}] names no tool; give {{'function': {{'name': ..., 'arguments': ...}}}}")
@@ -244,14 +248,7 @@ def checked_template_kwargs(value: Any) -> dict[str, Any]:
 
 def _check_template_columns(row: Mapping[str, Any]) -> None:
     for name in ("tools", "documents"):
-        value = row.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, list):
-            raise RowError(f"{name} must be a list of mappings, got {type_name(value)}")
-        for index, entry in enumerate(value):
-            if not isinstance(entry, Mapping):
-                raise RowError(f"{name}[{index}] must be a mapping, got {type_name(entry)}")
+        _check_mappings(row.get(name), name)
     if row.get("chat_template_kwargs") is not None:
         check_template_kwargs(row["chat_template_kwargs"], "chat_template_kwargs")
 
