@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from distillm_ext import CompressedLogits, _codec
-from distillm_ext.reference_compression import compress_logits_reference
+import distillm_ext._codec as _codec
+from distillm_ext import CompressedLogits
+from distillm_ext.reference.compression import compress_logits_reference
 
 BITS = {"q4": 4, "q6": 6, "q8": 8}
 CODECS = ("q4", "q6", "q8", "fp16", "exact")
