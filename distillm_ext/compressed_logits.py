@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.utils import _pytree as pytree  # noqa: PLC2701  (torch has no public name for it)
 
 METHODS = ("topk", "sample")
 PADDING_ID = -1

@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-import distillm_ext._codec as _codec
-from distillm_ext import CompressedLogits
+from distillm_ext import (
+    CompressedLogits,
+    _codec,  # noqa: PLC2701  (the compiled codec, imported without torch)
+)
 from distillm_ext.reference.compression import compress_logits_reference
 
 BITS = {"q4": 4, "q6": 6, "q8": 8}
