@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ._codec import MAX_K
 from .checks.heads import _check_head, checked_chunk
-from .compressed_logits import METHODS, CompressedLogits
+from .compressed_logits import CompressedLogits
 from .containers import LinearHead
 from .ops.extension import require_backend
 from .ops.linear_chunks import MIN_CHUNK_ROWS, project
 from .ops.topk_logits import TopkLogits, topk_logits
+from .record_format import METHODS
 
 MAX_TEMPERATURES = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
