@@ -55,9 +55,7 @@ def record_bytes(
     return ops.record_bytes(checked_codec(codec), k, vocab_size, temperatures, labels, method == "sample")
 
 
-def pack_fields(
-    fields: dict[str, Tensor | None], codec: str, vocab_size: int, temperatures: tuple[float, ...]
-) -> Tensor:
+def pack_fields(fields: dict[str, Any], codec: str, vocab_size: int, temperatures: tuple[float, ...]) -> Tensor:
     """[R, bytes] uint8 of the tensors `FIELDS` of R positions.
 
     Raises:
@@ -69,8 +67,10 @@ def pack_fields(
         raise TypeError("codec 'exact' stores float32, got float64 log-probabilities; convert them or use 'fp16'")
     labels, counted = fields["label_logprob"] is not None, fields["counts"] is not None
     ops.record_bytes(codec, ids.shape[-1], vocab_size, temperatures, labels, counted)  # refuses settings
-    values = {name: x.float() if x is not None and x.dtype.is_floating_point else x for name, x in fields.items()}
-    return ops.pack_logits(*(values[name] for name in FIELDS), vocab_size, temperatures, codec)
+    values: dict[str, Any] = {
+        name: x.float() if x is not None and x.dtype.is_floating_point else x for name, x in fields.items()
+    }
+    return ops.pack_logits(**values, vocab_size=vocab_size, temperatures=temperatures, codec=codec)
 
 
 def unpack_fields(
