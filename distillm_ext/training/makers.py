@@ -94,19 +94,9 @@ def make_rollouts(
     train_dataset: Dataset | None,
     engine: Engine | None,
 ) -> Rollouts:
-    """Buffer, response sources and batches; `engine` generates for the student."""
+    """Buffer, response sources and batches; `engine` generates for the student, None is the decode loop on it."""
 
-    def local(model: Callable[[], Any], context: Callable[[], Any]) -> LocalEngine:
-        return LocalEngine(
-            model,
-            shares_weights=True,
-            pad_token_id=collator.pad_token_id,
-            batch_size=args.generation_batch_size
-            or args.per_device_train_batch_size * args.gradient_accumulation_steps,
-            context=context,
-        )
-
-    def answers(engine: Engine, model: Callable[[], Any]) -> EngineResponses:
+    def answers(model: Callable[[], Any], engine: Engine) -> EngineResponses:
         return EngineResponses(
             engine,
             args.sampling_params,
@@ -122,16 +112,25 @@ def make_rollouts(
         rows = train_dataset.select(range(args.process_index, len(train_dataset), args.world_size))
         return [(row["input_ids"][: row["prompt_length"]], row["row"]) for row in rows]
 
+    pad = collator.pad_token_id
     return Rollouts(
         collator=collator,
         buffer=ReplayBuffer(replay_capacity(args), seed=args.seed, rank=args.process_index),
-        student=answers(engine or local(student, autocast), student),
-        teacher=answers(local(lambda: teacher, contextlib.nullcontext), lambda: teacher),
+        student=answers(student, engine or _local_engine(args, student, autocast, pad)),
+        teacher=answers(lambda: teacher, _local_engine(args, lambda: teacher, contextlib.nullcontext, pad)),
         prompts_of_rows=prompts_of_this_process,
         gather=gather_object if args.world_size > 1 else list,
         seed=args.seed,
         device=args.device,
     )
+
+
+def _local_engine(
+    args: DistillationConfig, model: Callable[[], Any], context: Callable[[], Any], pad_token_id: int
+) -> LocalEngine:
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch_size = args.generation_batch_size or step
+    return LocalEngine(model, shares_weights=True, pad_token_id=pad_token_id, batch_size=batch_size, context=context)
 
 
 # ---- the teacher's part
