@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ._codec import MAX_K
-from .checks.heads import _check_head, checked_chunk
+from .checks.heads import check_head, checked_chunk
 from .compressed_logits import METHODS, CompressedLogits
 from .containers import LinearHead
 from .ops.extension import require_backend
-from .ops.linear_chunks import MIN_CHUNK_ROWS, project
+from .ops.linear.call import HeadRows
+from .ops.linear.chunks import MIN_CHUNK_ROWS, project
 from .ops.topk_logits import TopkLogits, topk_logits
 
 MAX_TEMPERATURES = 16
@@ -114,7 +115,7 @@ def capture_from_hidden(
         >>> hidden, weight = torch.randn(2, 8, 128), torch.randn(32000, 128)
         >>> compressed = capture_from_hidden(hidden, weight, 64)
     """
-    _check_head(LinearHead(hidden, weight, bias, softcap, scale), ("hidden", "weight", "bias", "softcap", "scale"))
+    check_head(LinearHead(hidden, weight, bias, softcap, scale), ("hidden", "weight", "bias", "softcap", "scale"))
     if weight.dtype == torch.float64 and weight.device.type == "cuda":
         raise TypeError("weight must be float32, bfloat16 or float16 on CUDA; float64 is for the CPU.")
     require_backend(hidden.device, "hidden")
@@ -151,8 +152,8 @@ def _captured_chunks(
     parts = []
     for begin in range(0, max(rows.shape[0], 1), size):
         part = slice(begin, min(begin + size, rows.shape[0]))
-        logits = buffer[: part.stop - part.start]
-        project(rows[part].to(weight.dtype), weight, bias, head.scale, head.softcap or 0.0, logits)
+        chunk = HeadRows(rows[part].to(weight.dtype), weight, bias, head.scale, head.softcap or 0.0)
+        logits = project(chunk, buffer[: part.stop - part.start])
         part_labels, part_position = (None if x is None else x[part] for x in (labels, position))
         parts.append(topk_logits(logits, part_labels, part_position, k, temperatures, _signed(seed)))
     return parts

@@ -22,7 +22,7 @@ def checked_sides(
     student: LinearHead, teacher: LinearHead | Tensor | None, options: DivergenceOptions, vocab_size: int | None
 ) -> torch.dtype:
     """Checks both sides and their fit; returns the dtype of the student's product."""
-    _check_head(student, _STUDENT_NAMES)
+    check_head(student, _STUDENT_NAMES)
     vocabularies = [student.weight.shape[0]]
     dtype = _product_dtype(student)
     if isinstance(teacher, Tensor):
@@ -32,7 +32,7 @@ def checked_sides(
         _check_fit(teacher, "teacher", student.hidden, dtype)
         vocabularies.append(teacher.shape[-1])
     elif isinstance(teacher, LinearHead):
-        _check_head(teacher, _TEACHER_NAMES)
+        check_head(teacher, _TEACHER_NAMES)
         _check_fit(teacher.hidden, "teacher.hidden", student.hidden, dtype)
         _check_fit(teacher.weight, "teacher.weight", None, dtype)
         if teacher.bias is not None:
@@ -49,7 +49,7 @@ def checked_sides(
     return dtype
 
 
-def _check_head(head: LinearHead, names: Sequence[str]) -> None:
+def check_head(head: LinearHead, names: Sequence[str]) -> None:
     hidden_name, weight_name, bias_name, softcap_name, scale_name = names
     hidden, weight, bias = head.hidden, head.weight, head.bias
     _check_floating(hidden, hidden_name)
@@ -132,23 +132,6 @@ def check_devices(device: torch.device, **values: object) -> None:
     for name, value in values.items():
         if isinstance(value, Tensor) and value.device != device:
             raise ValueError(f"{name} must be on the device of student_hidden, {device}, got {value.device}.")
-
-
-def checked_rows(rows: Tensor, positions: int) -> Tensor:
-    """The values are looked at where that does not wait for a device and no compiler traces."""
-    if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
-        found = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"rows must be an int64 tensor of indices into the flattened positions, got {found}.")
-    if rows.dim() != 1:
-        raise ValueError(f"rows must have shape [n], got {list(rows.shape)}.")
-    if type(rows) is not Tensor or rows.device.type != "cpu" or torch.compiler.is_compiling() or len(rows) == 0:
-        return rows
-    low, high = (int(x) for x in rows.aminmax())
-    if low < 0 or high >= positions:
-        raise ValueError(f"rows must lie in 0..{positions - 1}, the flattened positions, got {low}..{high}.")
-    if len(rows.unique()) < len(rows):
-        raise ValueError("rows must be distinct, got some of them more than once.")
-    return rows
 
 
 def checked_chunk(chunk_rows: int | None) -> int:
