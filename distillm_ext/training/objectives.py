@@ -3,7 +3,7 @@ the heads and no logits are kept. They know nothing of where the tokens came fro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from distillm_ext.linear import linear_cross_entropy_loss, linear_loss
 from distillm_ext.models.logit_reader import StudentOutput, Targets, head_logits
 from distillm_ext.models.router_loss import ModelLoss
 from distillm_ext.ops.divergence import DivergenceOptions
+from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.meters import METRICS
 
 
@@ -73,30 +74,18 @@ class CrossEntropyObjective:
 
 
 class DivergenceObjective:
-    """D(teacher, student) + ce_weight · cross-entropy. `options` holds the hyper-parameters, checked.
+    """D(teacher, student) + ce_weight · cross-entropy.
 
     Args:
-        divergence, alpha, beta, temperature: see `distillm_ext.distillation_loss`; None is the published default.
-        ce_weight: weight of the cross-entropy with the targets.
+        options: the hyper-parameters, checked (`checks.options.checked_options`).
         vocab_size: entries of both vocabularies that are compared.
         tail: of compressed teacher logits, see `distillm_ext.distillation_loss`.
     """
 
     needs_teacher = True
 
-    def __init__(
-        self,
-        divergence: str,
-        alpha: float | None = None,
-        beta: float | None = None,
-        temperature: float = 1.0,
-        *,
-        ce_weight: float = 0.0,
-        vocab_size: int | None = None,
-        tail: str = "bucket",
-    ) -> None:
-        self.options = checked_options(divergence, alpha=alpha, beta=beta, temperature=temperature, ce_weight=ce_weight)
-        self.vocab_size, self.tail = vocab_size, tail
+    def __init__(self, options: DivergenceOptions, *, vocab_size: int | None = None, tail: str = "bucket") -> None:
+        self.options, self.vocab_size, self.tail = options, vocab_size, tail
 
     def __call__(
         self,
@@ -165,6 +154,16 @@ def _divergence_parts(
     if ce is None:
         return LossParts(total, {"divergence": total.detach(), **parts})
     return LossParts(total, {"divergence": total.detach() - ce_weight * ce, "ce": ce, **parts})
+
+
+def configured_options(args: DistillationConfig) -> DivergenceOptions:
+    """The hyper-parameters that a run's configuration holds, in the fields named as those of `DivergenceOptions`.
+
+    Raises:
+        TypeError, ValueError: one of them has the wrong type or range.
+    """
+    configured = {field.name for field in fields(args)} & set(DivergenceOptions._fields)
+    return checked_options(**{name: getattr(args, name) for name in configured})
 
 
 Objective = CrossEntropyObjective | DivergenceObjective

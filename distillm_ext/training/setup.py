@@ -26,8 +26,15 @@ from distillm_ext.generation.positions import check_positions
 from distillm_ext.models.frozen_teacher import ModelTeacher
 from distillm_ext.models.student_forward import StudentForward
 from distillm_ext.models.vocabulary import check_token_ids
+from distillm_ext.ops.divergence import DivergenceOptions
 from distillm_ext.training.config import DistillationConfig
-from distillm_ext.training.objectives import CrossEntropyObjective, DivergenceObjective, Objective, ObjectiveSchedule
+from distillm_ext.training.objectives import (
+    CrossEntropyObjective,
+    DivergenceObjective,
+    Objective,
+    ObjectiveSchedule,
+    configured_options,
+)
 from distillm_ext.training.rollouts.policies import reads_responses
 from distillm_ext.training.rollouts.replay import ReplayBuffer
 from distillm_ext.training.rollouts.responses import EngineResponses
@@ -177,15 +184,12 @@ def check_lengths(args: DistillationConfig, models: Mapping[str, Any], datasets:
 
 def make_objectives(args: DistillationConfig, vocab_size: int, tail: str) -> ObjectiveSchedule:
     """The main objective and, if configured, the one of the warm-up; `tail` is that of compressed teacher logits."""
-    main = DivergenceObjective(
-        args.divergence, args.alpha, args.beta, args.temperature, ce_weight=args.ce_weight, vocab_size=vocab_size,
-        tail=tail,
-    )  # fmt: skip
+    main = DivergenceObjective(configured_options(args), vocab_size=vocab_size, tail=tail)
     warmup: Objective | None = None
     if args.warmup_objective == "sft":
         warmup = CrossEntropyObjective()
     elif args.warmup_objective == "forward_kl":
-        warmup = DivergenceObjective("forward_kl", vocab_size=vocab_size, tail=tail)
+        warmup = DivergenceObjective(DivergenceOptions("forward_kl"), vocab_size=vocab_size, tail=tail)
     return ObjectiveSchedule(main, warmup, args.warmup_objective_steps)
 
 
