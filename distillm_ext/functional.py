@@ -153,10 +153,7 @@ def distillation_loss(  # type: ignore[misc]
         divergence, alpha=alpha, beta=beta, temperature=temperature, ce_weight=ce_weight, ignore_index=ignore_index,
         detach_mixture=detach_mixture,
     )  # fmt: skip
-    arguments = LossArguments(
-        labels, weight, alpha if isinstance(alpha, Tensor) else None, cap, reduction, num_items, vocab_size, tail,
-        return_metrics,
-    )  # fmt: skip
+    arguments = LossArguments(labels, weight, alpha, cap, reduction, num_items, vocab_size, tail, return_metrics)
     loss, metrics = logits_loss(student_logits, teacher, options, arguments, inplace=inplace)
     return loss if metrics is None else (loss, metrics)
 
@@ -181,11 +178,11 @@ def logits_loss(
     weight, deferred = deferred_weight(sides.weight, student.dtype)
     losses, row_metrics = row_losses(
         _as_rows(student), teacher_rows, sides._replace(weight=weight), options,
-        vocab_size=arguments.vocab_size or 0, need_metrics=arguments.need_metrics, inplace=inplace,
+        vocab_size=arguments.vocab_size or 0, need_metrics=arguments.return_metrics, inplace=inplace,
     )  # fmt: skip
     losses = losses if deferred is None else losses * deferred
     loss = losses.reshape(shape) if arguments.reduction == "none" else losses.sum()
-    return loss, DivergenceMetrics.from_rows(row_metrics, shape) if arguments.need_metrics else None
+    return loss, DivergenceMetrics.from_rows(row_metrics, shape) if arguments.return_metrics else None
 
 
 def _as_rows(logits: Tensor) -> Tensor:

@@ -140,10 +140,7 @@ def linear_distillation_loss(  # type: ignore[misc]
         detach_mixture=detach_mixture,
     )  # fmt: skip
     check_tail(tail, isinstance(teacher, CompressedLogits))
-    arguments = LossArguments(
-        labels, weight, alpha if isinstance(alpha, Tensor) else None, cap, reduction, num_items, vocab_size, tail,
-        return_metrics, rows,
-    )  # fmt: skip
+    arguments = LossArguments(labels, weight, alpha, cap, reduction, num_items, vocab_size, tail, return_metrics, rows)
     parts = linear_loss(student, teacher, options, arguments, chunk_rows=chunk_rows)
     return (parts.loss, parts.metrics) if parts.metrics is not None else parts.loss
 
@@ -190,11 +187,11 @@ def linear_loss(
     call = LinearDivergenceCall(
         _head_rows(student), teacher_rows, sides, options, arguments.rows, dtype,
         checked_chunk(chunk_rows), arguments.vocab_size or 0, per_row=arguments.reduction == "none", need_ce=need_ce,
-        need_metrics=arguments.need_metrics, need_hidden=_needs(student.hidden), need_weight=_needs(student.weight),
+        need_metrics=arguments.return_metrics, need_hidden=_needs(student.hidden), need_weight=_needs(student.weight),
         need_bias=_needs(student.bias),
     )  # fmt: skip
     loss, ce, row_metrics = linear_divergence(call)
-    metrics = DivergenceMetrics.from_rows(row_metrics, shape) if arguments.need_metrics else None
+    metrics = DivergenceMetrics.from_rows(row_metrics, shape) if arguments.return_metrics else None
     if call.per_row:
         loss, ce = loss.reshape(shape), ce.reshape(shape)
     return LinearParts(loss, ce, metrics)

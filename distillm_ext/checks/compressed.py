@@ -27,7 +27,7 @@ def checked_compressed(
     teacher: CompressedLogits, options: DivergenceOptions, arguments: LossArguments, like: Tensor, student_vocab: int
 ) -> CompressedRows:
     """The teacher, checked and flattened for the operator. `like`: as in `checks.sides.row_sides`, of the student."""
-    if arguments.need_metrics:
+    if arguments.return_metrics:
         raise ValueError("return_metrics needs the teacher's logits; CompressedLogits do not determine its entropy.")
     tail, vocab_size = arguments.tail, arguments.vocab_size
     _check_container(teacher, like.shape[:-1], like.device)

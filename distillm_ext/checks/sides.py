@@ -13,18 +13,18 @@ from .options import checked_number
 
 
 class LossArguments(NamedTuple):
-    """Arguments of a loss as its caller passed them; `distillm_ext.distillation_loss` documents them."""
+    """Arguments of a loss as its caller passed them; `linear_distillation_loss` and what it names document them."""
 
     labels: Tensor | None = None
     weight: Tensor | None = None
-    alpha: Tensor | None = None  # a tensor; a number is among the `DivergenceOptions`
+    alpha: float | Tensor | None = None  # only a tensor counts here, a number in the `DivergenceOptions`
     cap: float | Tensor | None = None
     reduction: str = "mean"
     num_items: int | Tensor | None = None
     vocab_size: int | None = None
     tail: str = "bucket"
-    need_metrics: bool = False
-    rows: Tensor | None = None  # of `linear_distillation_loss`
+    return_metrics: bool = False
+    rows: Tensor | None = None  # of heads alone
 
 
 def row_sides(arguments: LossArguments, options: DivergenceOptions, like: Tensor) -> RowSides:
@@ -39,7 +39,7 @@ def row_sides(arguments: LossArguments, options: DivergenceOptions, like: Tensor
     return RowSides(
         flat_labels,
         _weight_of_rows(flat_weight, flat_labels, like, arguments, options.ignore_index),
-        flat(alpha, "alpha"),
+        flat(alpha if isinstance(alpha, Tensor) else None, "alpha"),
         flat(_cap_tensor(cap, like), "cap"),
     )
 

@@ -139,7 +139,7 @@ class DivergenceObjective:
     def _arguments(self, teacher: Targets, targets: Tensor, num_items: int | Tensor) -> LossArguments:
         return LossArguments(
             targets, num_items=num_items, vocab_size=self.vocab_size, tail=self.tail,
-            need_metrics=not isinstance(teacher, CompressedLogits),
+            return_metrics=not isinstance(teacher, CompressedLogits),
         )  # fmt: skip
 
 
