@@ -13,7 +13,7 @@ from .checks.compressed import checked_compressed
 from .checks.logits import check_inplace, check_logits, check_tail, check_vocab_size, check_vocabularies
 from .checks.options import DIVERGENCES as DIVERGENCES
 from .checks.options import check_powers, checked_options
-from .checks.sides import LossArguments, deferred_weight, row_sides
+from .checks.sides import LossRequest, deferred_weight, row_sides
 from .compressed_logits import CompressedLogits
 from .containers import DivergenceMetrics
 from .ops.divergence import DivergenceOptions
@@ -153,8 +153,8 @@ def distillation_loss(  # type: ignore[misc]
         divergence, alpha=alpha, beta=beta, temperature=temperature, ce_weight=ce_weight, ignore_index=ignore_index,
         detach_mixture=detach_mixture,
     )  # fmt: skip
-    arguments = LossArguments(labels, weight, alpha, cap, reduction, num_items, vocab_size, tail, return_metrics)
-    loss, metrics = logits_loss(student_logits, teacher, options, arguments, inplace=inplace)
+    request = LossRequest(labels, weight, alpha, cap, reduction, num_items, vocab_size, tail, return_metrics)
+    loss, metrics = logits_loss(student_logits, teacher, options, request, inplace=inplace)
     return loss if metrics is None else (loss, metrics)
 
 
@@ -162,27 +162,27 @@ def logits_loss(
     student: Tensor,
     teacher: Tensor | CompressedLogits,
     options: DivergenceOptions,
-    arguments: LossArguments,
+    request: LossRequest,
     *,
     inplace: bool = False,
 ) -> tuple[Tensor, DivergenceMetrics | None]:
     """`distillation_loss` from objects: the metrics are None unless asked for. The tail counts for a compressed teacher
     alone."""
     check_logits(student, student if isinstance(teacher, CompressedLogits) else teacher)
-    check_powers(options, arguments.alpha, student.dtype)
-    teacher_rows = _checked_teacher(student, teacher, options, arguments)
+    check_powers(options, request.alpha, student.dtype)
+    teacher_rows = _checked_teacher(student, teacher, options, request)
     inplace = inplace and is_grad_enabled()
     if inplace:
         check_inplace(student, teacher)
-    sides, shape = row_sides(arguments, options, student), student.shape[:-1]
+    sides, shape = row_sides(request, options, student), student.shape[:-1]
     weight, deferred = deferred_weight(sides.weight, student.dtype)
     losses, row_metrics = row_losses(
         _as_rows(student), teacher_rows, sides._replace(weight=weight), options,
-        vocab_size=arguments.vocab_size or 0, need_metrics=arguments.return_metrics, inplace=inplace,
+        vocab_size=request.vocab_size or 0, need_metrics=request.return_metrics, inplace=inplace,
     )  # fmt: skip
     losses = losses if deferred is None else losses * deferred
-    loss = losses.reshape(shape) if arguments.reduction == "none" else losses.sum()
-    return loss, DivergenceMetrics.from_rows(row_metrics, shape) if arguments.return_metrics else None
+    loss = losses.reshape(shape) if request.reduction == "none" else losses.sum()
+    return loss, DivergenceMetrics.from_rows(row_metrics, shape) if request.return_metrics else None
 
 
 def _as_rows(logits: Tensor) -> Tensor:
@@ -191,13 +191,13 @@ def _as_rows(logits: Tensor) -> Tensor:
 
 
 def _checked_teacher(
-    student: Tensor, teacher: Tensor | CompressedLogits, options: DivergenceOptions, arguments: LossArguments
+    student: Tensor, teacher: Tensor | CompressedLogits, options: DivergenceOptions, request: LossRequest
 ) -> Tensor | CompressedRows:
     """The teacher as its operator takes it, once its vocabulary is known to fit."""
     if isinstance(teacher, CompressedLogits):
-        return checked_compressed(teacher, options, arguments, student, student.shape[-1])
-    if arguments.vocab_size is not None:
-        check_vocab_size(arguments.vocab_size, min(student.shape[-1], teacher.shape[-1]))
+        return checked_compressed(teacher, options, request, student, student.shape[-1])
+    if request.vocab_size is not None:
+        check_vocab_size(request.vocab_size, min(student.shape[-1], teacher.shape[-1]))
     else:
         check_vocabularies(options, student.shape[-1], teacher.shape[-1])
     return _as_rows(teacher.detach())

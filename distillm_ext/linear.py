@@ -14,7 +14,7 @@ from .checks.compressed import checked_compressed
 from .checks.heads import check_devices, checked_chunk, checked_sides
 from .checks.logits import check_tail
 from .checks.options import check_powers, checked_options
-from .checks.sides import LossArguments, row_sides
+from .checks.sides import LossRequest, row_sides
 from .compressed_logits import CompressedLogits
 from .containers import DivergenceMetrics, LinearHead, TeacherHead
 from .ops.divergence import CROSS_ENTROPY, DivergenceOptions
@@ -140,8 +140,8 @@ def linear_distillation_loss(  # type: ignore[misc]
         detach_mixture=detach_mixture,
     )  # fmt: skip
     check_tail(tail, isinstance(teacher, CompressedLogits))
-    arguments = LossArguments(labels, weight, alpha, cap, reduction, num_items, vocab_size, tail, return_metrics, rows)
-    parts = linear_loss(student, teacher, options, arguments, chunk_rows=chunk_rows)
+    request = LossRequest(labels, weight, alpha, cap, reduction, num_items, vocab_size, tail, return_metrics, rows)
+    parts = linear_loss(student, teacher, options, request, chunk_rows=chunk_rows)
     return (parts.loss, parts.metrics) if parts.metrics is not None else parts.loss
 
 
@@ -152,15 +152,15 @@ def linear_cross_entropy_loss(
 
     Reductions, memory and gradients are those of `linear_distillation_loss`.
     """
-    arguments = LossArguments(labels, reduction=reduction, num_items=num_items)
-    return linear_loss(student, None, CROSS_ENTROPY, arguments).loss
+    request = LossRequest(labels, reduction=reduction, num_items=num_items)
+    return linear_loss(student, None, CROSS_ENTROPY, request).loss
 
 
 def linear_loss(
     student: LinearHead,
     teacher: LinearHead | Tensor | CompressedLogits | None,
     options: DivergenceOptions,
-    arguments: LossArguments,
+    request: LossRequest,
     *,
     chunk_rows: int | None = None,
     need_ce: bool = False,
@@ -172,26 +172,26 @@ def linear_loss(
     the loss is the cross-entropy alone, and `CROSS_ENTROPY` the options.
     """
     head = None if isinstance(teacher, CompressedLogits) else teacher
-    dtype = checked_sides(student, head, options, arguments.vocab_size)
-    check_powers(options, arguments.alpha, dtype)
+    dtype = checked_sides(student, head, options, request.vocab_size)
+    check_powers(options, request.alpha, dtype)
     shape, device = student.hidden.shape[:-1], student.hidden.device
     like = torch.empty((*shape, 0), dtype=dtype, device=device)  # positions of logits, without any
-    labels, weight, alpha, cap, *_ = arguments
-    check_devices(device, labels=labels, weight=weight, alpha=alpha, cap=cap, rows=arguments.rows)
-    sides = row_sides(arguments, options, like)
+    labels, weight, alpha, cap, *_ = request
+    check_devices(device, labels=labels, weight=weight, alpha=alpha, cap=cap, rows=request.rows)
+    sides = row_sides(request, options, like)
     teacher_rows: HeadRows | CompressedRows | Tensor | None
     if isinstance(teacher, CompressedLogits):
-        teacher_rows = checked_compressed(teacher, options, arguments, like, student.weight.shape[0])
+        teacher_rows = checked_compressed(teacher, options, request, like, student.weight.shape[0])
     else:
         teacher_rows = _teacher_rows(teacher)
     call = LinearDivergenceCall(
-        _head_rows(student), teacher_rows, sides, options, arguments.rows, dtype,
-        checked_chunk(chunk_rows), arguments.vocab_size or 0, per_row=arguments.reduction == "none", need_ce=need_ce,
-        need_metrics=arguments.return_metrics, need_hidden=_needs(student.hidden), need_weight=_needs(student.weight),
+        _head_rows(student), teacher_rows, sides, options, request.rows, dtype,
+        checked_chunk(chunk_rows), request.vocab_size or 0, per_row=request.reduction == "none", need_ce=need_ce,
+        need_metrics=request.return_metrics, need_hidden=_needs(student.hidden), need_weight=_needs(student.weight),
         need_bias=_needs(student.bias),
     )  # fmt: skip
     loss, ce, row_metrics = linear_divergence(call)
-    metrics = DivergenceMetrics.from_rows(row_metrics, shape) if arguments.return_metrics else None
+    metrics = DivergenceMetrics.from_rows(row_metrics, shape) if request.return_metrics else None
     if call.per_row:
         loss, ce = loss.reshape(shape), ce.reshape(shape)
     return LinearParts(loss, ce, metrics)

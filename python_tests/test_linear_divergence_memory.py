@@ -7,7 +7,7 @@ import torch
 from linear_cases import HIDDEN, ROWS, VOCAB, close, logits_of, make_case
 
 from distillm_ext import LinearDistillationLoss, TeacherHead, linear_distillation_loss
-from distillm_ext.checks.sides import LossArguments
+from distillm_ext.checks.sides import LossRequest
 from distillm_ext.containers import LinearHead
 from distillm_ext.linear import linear_cross_entropy_loss, linear_loss
 from distillm_ext.ops.divergence import DivergenceOptions
@@ -104,16 +104,16 @@ def test_parts_and_cross_entropy_alone():
         close(found, wanted, 1e-5)
     options = DivergenceOptions("skew_kl", alpha=0.1)
     loss, part, _ = linear_loss(
-        student, case.teacher, options._replace(ce_weight=0.3), LossArguments(case.labels, num_items=5), need_ce=True
+        student, case.teacher, options._replace(ce_weight=0.3), LossRequest(case.labels, num_items=5), need_ce=True
     )
     torch.testing.assert_close(part, alone.detach())
     torch.testing.assert_close(loss, case.expected(divergence="skew_kl", ce_weight=0.3, num_items=5))
     assert not part.requires_grad
-    arguments = LossArguments(case.labels, reduction="none")
-    rows, parts, _ = linear_loss(student, case.teacher, options, arguments, need_ce=True)
+    request = LossRequest(case.labels, reduction="none")
+    rows, parts, _ = linear_loss(student, case.teacher, options, request, need_ce=True)
     torch.testing.assert_close(rows, case.expected(divergence="skew_kl", reduction="none"))
     torch.testing.assert_close(parts, torch.nn.functional.cross_entropy(logits, case.labels, reduction="none"))
-    assert (linear_loss(student, case.teacher, options, arguments).ce == 0).all()
+    assert (linear_loss(student, case.teacher, options, request).ce == 0).all()
 
 
 def test_module_passes_everything_on():

@@ -9,7 +9,7 @@ from ..compressed_logits import CompressedLogits
 from ..ops.divergence import DivergenceOptions, loss_dtype
 from ..ops.sparse_divergence import CompressedRows
 from .logits import check_vocab_size
-from .sides import LossArguments
+from .sides import LossRequest
 
 SPARSE_DIVERGENCES = (
     "forward_kl",
@@ -24,12 +24,12 @@ SAMPLED_DIVERGENCES = ("forward_kl", "skew_kl", "skew_reverse_kl", "total_variat
 
 
 def checked_compressed(
-    teacher: CompressedLogits, options: DivergenceOptions, arguments: LossArguments, like: Tensor, student_vocab: int
+    teacher: CompressedLogits, options: DivergenceOptions, request: LossRequest, like: Tensor, student_vocab: int
 ) -> CompressedRows:
     """The teacher, checked and flattened for the operator. `like`: as in `checks.sides.row_sides`, of the student."""
-    if arguments.return_metrics:
+    if request.return_metrics:
         raise ValueError("return_metrics needs the teacher's logits; CompressedLogits do not determine its entropy.")
-    tail, vocab_size = arguments.tail, arguments.vocab_size
+    tail, vocab_size = request.tail, request.vocab_size
     _check_container(teacher, like.shape[:-1], like.device)
     _check_form(teacher, options, tail)
     at = _temperature_index(teacher, options.temperature)

@@ -12,8 +12,9 @@ from ..ops.divergence import DivergenceOptions, RowSides, loss_dtype, row_count
 from .options import checked_number
 
 
-class LossArguments(NamedTuple):
-    """Arguments of a loss as its caller passed them; `linear_distillation_loss` and what it names document them."""
+class LossRequest(NamedTuple):
+    """What is asked of a loss beside its hyper-parameters, as its caller passed it to `linear_distillation_loss`, which
+    documents it, or to `distillation_loss`."""
 
     labels: Tensor | None = None
     weight: Tensor | None = None
@@ -27,18 +28,18 @@ class LossArguments(NamedTuple):
     rows: Tensor | None = None  # of heads alone
 
 
-def row_sides(arguments: LossArguments, options: DivergenceOptions, like: Tensor) -> RowSides:
+def row_sides(request: LossRequest, options: DivergenceOptions, like: Tensor) -> RowSides:
     """Labels, weights, alpha and cap of the rows. `like`: [..., any], of the positions, dtype and device of logits."""
-    labels, weight, alpha, cap = arguments[:4]
+    labels, weight, alpha, cap = request[:4]
     if options.ce_weight != 0 and labels is None:
         raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
     flat = SideRows(like, loss_dtype(like.dtype))
     flat_labels, flat_weight = flat(labels, "labels", integer=True), flat(weight, "weight")
-    if arguments.rows is not None:
-        flat_weight = _only(_checked_rows(arguments.rows, row_count(like.shape[:-1])), flat_weight, like)
+    if request.rows is not None:
+        flat_weight = _only(_checked_rows(request.rows, row_count(like.shape[:-1])), flat_weight, like)
     return RowSides(
         flat_labels,
-        _weight_of_rows(flat_weight, flat_labels, like, arguments, options.ignore_index),
+        _weight_of_rows(flat_weight, flat_labels, like, request, options.ignore_index),
         flat(alpha if isinstance(alpha, Tensor) else None, "alpha"),
         flat(_cap_tensor(cap, like), "cap"),
     )
@@ -80,10 +81,10 @@ def _cap_tensor(cap: float | Tensor | None, logits: Tensor) -> Tensor | None:
 
 
 def _weight_of_rows(
-    weight: Tensor | None, labels: Tensor | None, like: Tensor, arguments: LossArguments, ignore_index: int
+    weight: Tensor | None, labels: Tensor | None, like: Tensor, request: LossRequest, ignore_index: int
 ) -> Tensor | None:
     """The factor of every row, the division of "mean" included: the kernel's gradient is then final."""
-    reduction, num_items = arguments.reduction, arguments.num_items
+    reduction, num_items = request.reduction, request.num_items
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
     if reduction != "mean":

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distillm_ext.checks.options import checked_options
-from distillm_ext.checks.sides import LossArguments
+from distillm_ext.checks.sides import LossRequest
 from distillm_ext.compressed_logits import CompressedLogits
 from distillm_ext.containers import DivergenceMetrics, LinearHead
 from distillm_ext.functional import logits_loss
@@ -115,7 +115,7 @@ class DivergenceObjective:
             return self._fused(student, teacher, targets.to(student.hidden.device), num_items, options)
         teacher = (head_logits(teacher) if isinstance(teacher, LinearHead) else teacher).to(student.device)
         targets, ce = targets.to(student.device), None
-        total, metrics = logits_loss(student, teacher, options, self._arguments(teacher, targets, num_items))
+        total, metrics = logits_loss(student, teacher, options, self._request(teacher, targets, num_items))
         if options.ce_weight != 0:
             with torch.no_grad():
                 ce = cross_entropy(student[:, : self.vocab_size], targets, num_items)
@@ -132,12 +132,12 @@ class DivergenceObjective:
         if not isinstance(teacher, LinearHead):
             teacher = teacher.to(student.hidden.device)
         with_ce = options.ce_weight != 0
-        arguments = self._arguments(teacher, targets, num_items)
-        total, ce, metrics = linear_loss(student, teacher, options, arguments, need_ce=with_ce)
+        request = self._request(teacher, targets, num_items)
+        total, ce, metrics = linear_loss(student, teacher, options, request, need_ce=with_ce)
         return _divergence_parts(total, metrics, num_items, ce if with_ce else None, options.ce_weight)
 
-    def _arguments(self, teacher: Targets, targets: Tensor, num_items: int | Tensor) -> LossArguments:
-        return LossArguments(
+    def _request(self, teacher: Targets, targets: Tensor, num_items: int | Tensor) -> LossRequest:
+        return LossRequest(
             targets, num_items=num_items, vocab_size=self.vocab_size, tail=self.tail,
             return_metrics=not isinstance(teacher, CompressedLogits),
         )  # fmt: skip

@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from distillm_ext.checks.sides import LossArguments
+from distillm_ext.checks.sides import LossRequest
 from distillm_ext.containers import LinearHead
 from distillm_ext.data.rows.origin import keep_origin, name_row, origin_of
 from distillm_ext.functional import distillation_loss
@@ -52,8 +52,8 @@ def token_losses(
     if not isinstance(teacher, LinearHead):
         teacher = teacher.to(student.hidden.device)
     whole = vocab_size in (None, student.weight.shape[0])
-    arguments = LossArguments(targets, reduction="none", vocab_size=vocab_size, tail=tail)
-    divergence, ce, _ = linear_loss(student, teacher, DivergenceOptions("forward_kl"), arguments, need_ce=whole)
+    request = LossRequest(targets, reduction="none", vocab_size=vocab_size, tail=tail)
+    divergence, ce, _ = linear_loss(student, teacher, DivergenceOptions("forward_kl"), request, need_ce=whole)
     return ce if whole else linear_cross_entropy_loss(student, targets, reduction="none"), divergence
 
 
