@@ -180,15 +180,16 @@ def _chunk_size(call: LinearDivergenceCall, gradient: bool) -> int:
     return -(-rows // max(chunks, 1))
 
 
-def _chunks(call: LinearDivergenceCall, rows: Tensor | None, gradient: bool) -> _Chunks:
-    """With the buffers that all chunks share."""
+def _begun(call: LinearDivergenceCall, rows: Tensor | None, gradient: bool) -> _Chunks:
+    """A prepared call with the buffers that its chunks share."""
     size, weight = _chunk_size(call, gradient), call.student.weight
     teacher = call.teacher.weight if isinstance(call.teacher, HeadRows) else weight.new_empty(0)
     kept = -(-size // _SOFTCAP_PARTS) if gradient and call.student.softcap else 0
     alone = call.teacher is None
+    beside = _cross_entropy(call) if call.need_ce and not alone else None
     return _Chunks(
-        _cross_entropy(call) if alone else call, _cross_entropy(call) if call.need_ce and not alone else None, rows,
-        size, student_buffer=weight.new_empty(size, weight.shape[0]),
+        _cross_entropy(call) if alone else call, beside, rows, size,
+        student_buffer=weight.new_empty(size, weight.shape[0]),
         teacher_buffer=teacher.new_empty(size, teacher.shape[0]), kept_logits=weight.new_empty(kept, weight.shape[0]),
     )  # fmt: skip
 
@@ -196,7 +197,7 @@ def _chunks(call: LinearDivergenceCall, rows: Tensor | None, gradient: bool) -> 
 def _run(original: LinearDivergenceCall, rows: Tensor | None, accumulate: Accumulate) -> tuple[Tensor, ...]:
     call = _prepared(original, rows)
     gradients = Gradients(call, original, accumulate)
-    chunks, counted = _chunks(call, rows, gradients.needed), call.student.hidden.shape[0]
+    chunks, counted = _begun(call, rows, gradients.needed), call.student.hidden.shape[0]
     parts = [chunks.run(begin, gradients) for begin in range(0, counted, max(chunks.size, 1))]
     empty = call.student.weight.new_empty(0, dtype=loss_dtype(call.dtype))
     loss = torch.cat([empty, *(part[0] for part in parts)])
