@@ -12,7 +12,8 @@ from .checks.heads import check_head, checked_chunk
 from .compressed_logits import CompressedLogits
 from .containers import LinearHead
 from .ops.extension import require_backend
-from .ops.linear_chunks import MIN_CHUNK_ROWS, project
+from .ops.linear.call import HeadRows
+from .ops.linear.chunks import MIN_CHUNK_ROWS, project
 from .ops.topk_logits import TopkLogits, topk_logits
 from .record_format import METHODS
 
@@ -152,8 +153,8 @@ def _captured_chunks(
     parts = []
     for begin in range(0, max(rows.shape[0], 1), size):
         part = slice(begin, min(begin + size, rows.shape[0]))
-        logits = buffer[: part.stop - part.start]
-        project(rows[part].to(weight.dtype), weight, bias, head.scale, head.softcap or 0.0, logits)
+        chunk = HeadRows(rows[part].to(weight.dtype), weight, bias, head.scale, head.softcap or 0.0)
+        logits = project(chunk, buffer[: part.stop - part.start])
         part_labels, part_position = (None if x is None else x[part] for x in (labels, position))
         parts.append(topk_logits(logits, part_labels, part_position, k, temperatures, _signed(seed)))
     return parts

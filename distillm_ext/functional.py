@@ -5,39 +5,20 @@ Checks arguments once, flattens positions to rows, turns masks and reduction int
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from .checks.compressed import checked_compressed
-from .checks.logits import (
-    SideRows,
-    cap_tensor,
-    check_inplace,
-    check_logits,
-    check_tail,
-    check_vocab_size,
-    check_vocabularies,
-    deferred_weight,
-    weight_of_rows,
-)
+from .checks.logits import check_inplace, check_logits, check_tail, check_vocab_size, check_vocabularies
 from .checks.options import DIVERGENCES as DIVERGENCES
 from .checks.options import check_powers, checked_options
+from .checks.sides import LossRequest, deferred_weight, row_sides
 from .compressed_logits import CompressedLogits
 from .containers import DivergenceMetrics
-from .ops.divergence import DivergenceOptions, RowSides, loss_dtype
-from .ops.divergence import divergence as divergence_op
-from .ops.divergence_inplace import divergence_inplace
-from .ops.sparse_divergence import CompressedRows, sparse_divergence
-
-
-class _Request(NamedTuple):
-    """How a loss is to be computed, beside its hyper-parameters."""
-
-    vocab_size: int  # 0: all
-    inplace: bool
-    metrics: bool
+from .ops.divergence import DivergenceOptions
+from .ops.row_losses import row_losses
+from .ops.sparse_divergence import CompressedRows
 
 
 @overload
@@ -167,34 +148,41 @@ def distillation_loss(  # type: ignore[misc]
         >>> loss = distillation_loss(student_logits, teacher_logits, labels, divergence="skew_kl", alpha=0.1)
         >>> loss.backward()
     """
-    check_logits(student_logits, student_logits if isinstance(teacher, CompressedLogits) else teacher)
     check_tail(tail, compressed=isinstance(teacher, CompressedLogits))
-    options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
-    check_powers(options, alpha, student_logits.dtype)
-    if ce_weight != 0 and labels is None:
-        raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
-    teacher_rows = _checked_teacher(student_logits, teacher, options, tail, vocab_size, return_metrics)
-    inplace = inplace and torch.is_grad_enabled()
+    options = checked_options(
+        divergence, alpha=alpha, beta=beta, temperature=temperature, ce_weight=ce_weight, ignore_index=ignore_index,
+        detach_mixture=detach_mixture,
+    )  # fmt: skip
+    request = LossRequest(labels, weight, alpha, cap, reduction, num_items, vocab_size, tail, return_metrics)
+    loss, metrics = logits_loss(student_logits, teacher, options, request, inplace=inplace)
+    return loss if metrics is None else (loss, metrics)
+
+
+def logits_loss(
+    student: Tensor,
+    teacher: Tensor | CompressedLogits,
+    options: DivergenceOptions,
+    request: LossRequest,
+    *,
+    inplace: bool = False,
+) -> tuple[Tensor, DivergenceMetrics | None]:
+    """`distillation_loss` from objects: the metrics are None unless asked for. The tail counts for a compressed teacher
+    alone."""
+    check_logits(student, student if isinstance(teacher, CompressedLogits) else teacher)
+    check_powers(options, request.alpha, student.dtype)
+    teacher_rows = _checked_teacher(student, teacher, options, request)
+    inplace = inplace and is_grad_enabled()
     if inplace:
-        check_inplace(student_logits, teacher)
-    shape = student_logits.shape[:-1]
-    rows = SideRows(student_logits, loss_dtype(student_logits.dtype))
-    flat_labels, flat_weight = rows(labels, "labels", integer=True), rows(weight, "weight")
-    row_weight, deferred = deferred_weight(
-        weight_of_rows(flat_weight, flat_labels, shape, student_logits, reduction, num_items, ignore_index),
-        student_logits.dtype,
-    )
-    sides = RowSides(
-        flat_labels,
-        row_weight,
-        rows(alpha if isinstance(alpha, Tensor) else None, "alpha"),
-        rows(cap_tensor(cap, student_logits), "cap"),
-    )
-    request = _Request(vocab_size or 0, inplace, return_metrics)
-    row_losses, metrics = _row_losses(student_logits, teacher_rows, sides, options, request)
-    row_losses = row_losses if deferred is None else row_losses * deferred
-    loss = row_losses.reshape(shape) if reduction == "none" else row_losses.sum()
-    return (loss, DivergenceMetrics.from_rows(metrics, shape)) if return_metrics else loss
+        check_inplace(student, teacher)
+    sides, shape = row_sides(request, options, student), student.shape[:-1]
+    weight, deferred = deferred_weight(sides.weight, student.dtype)
+    losses, row_metrics = row_losses(
+        _as_rows(student), teacher_rows, sides._replace(weight=weight), options,
+        vocab_size=request.vocab_size or 0, need_metrics=request.return_metrics, inplace=inplace,
+    )  # fmt: skip
+    losses = losses if deferred is None else losses * deferred
+    loss = losses.reshape(shape) if request.reduction == "none" else losses.sum()
+    return loss, DivergenceMetrics.from_rows(row_metrics, shape) if request.return_metrics else None
 
 
 def _as_rows(logits: Tensor) -> Tensor:
@@ -203,39 +191,16 @@ def _as_rows(logits: Tensor) -> Tensor:
 
 
 def _checked_teacher(
-    student: Tensor,
-    teacher: Tensor | CompressedLogits,
-    options: DivergenceOptions,
-    tail: str,
-    vocab_size: int | None,
-    return_metrics: bool,
+    student: Tensor, teacher: Tensor | CompressedLogits, options: DivergenceOptions, request: LossRequest
 ) -> Tensor | CompressedRows:
     """The teacher as its operator takes it, once its vocabulary is known to fit."""
     if isinstance(teacher, CompressedLogits):
-        if return_metrics:
-            raise ValueError(
-                "return_metrics needs the teacher's logits; CompressedLogits do not determine its entropy."
-            )
-        return checked_compressed(
-            teacher, options, tail, student.shape[:-1], student.shape[-1], vocab_size, student.dtype, student.device
-        )
-    if vocab_size is not None:
-        check_vocab_size(vocab_size, min(student.shape[-1], teacher.shape[-1]))
+        return checked_compressed(teacher, options, request, student, student.shape[-1])
+    if request.vocab_size is not None:
+        check_vocab_size(request.vocab_size, min(student.shape[-1], teacher.shape[-1]))
     else:
         check_vocabularies(options, student.shape[-1], teacher.shape[-1])
     return _as_rows(teacher.detach())
-
-
-def _row_losses(
-    student: Tensor, teacher: Tensor | CompressedRows, sides: RowSides, options: DivergenceOptions, request: _Request
-) -> tuple[Tensor, Tensor]:
-    """Losses [R] and metrics [R, 3] (or [0]): the one place where the kind of teacher matters."""
-    rows = _as_rows(student)
-    if isinstance(teacher, CompressedRows):
-        loss = sparse_divergence(rows, teacher, sides, options, vocab_size=request.vocab_size, inplace=request.inplace)
-        return loss, loss.new_empty(0)
-    operator = divergence_inplace if request.inplace else divergence_op
-    return operator(rows, teacher, *sides, options, vocab_size=request.vocab_size, need_metrics=request.metrics)
 
 
 def forward_kl_loss(student_logits: Tensor, teacher: Tensor, labels: Tensor | None = None, **options) -> Tensor:

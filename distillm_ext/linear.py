@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from .checks.compressed import checked_compressed
-from .checks.heads import check_devices, checked_chunk, checked_rows, checked_sides
-from .checks.logits import SideRows, cap_tensor, check_tail, weight_of_rows
+from .checks.heads import check_devices, checked_chunk, checked_sides
+from .checks.logits import check_tail
 from .checks.options import check_powers, checked_options
+from .checks.sides import LossRequest, row_sides
 from .compressed_logits import CompressedLogits
 from .containers import DivergenceMetrics, LinearHead, TeacherHead
-from .ops.divergence import DivergenceOptions, RowSides, loss_dtype, row_count
-from .ops.linear_call import LinearDivergenceCall
-from .ops.linear_divergence import linear_divergence
+from .ops.divergence import CROSS_ENTROPY, DivergenceOptions
+from .ops.linear.call import HeadRows, LinearDivergenceCall, over_tensors
+from .ops.linear.operator import linear_divergence
+from .ops.sparse_divergence import CompressedRows
 
 
 class LinearParts(NamedTuple):
@@ -27,10 +29,6 @@ class LinearParts(NamedTuple):
     loss: Tensor  # [], or [...] for reduction "none"
     ce: Tensor  # likewise
     metrics: DivergenceMetrics | None
-
-
-# Of cross-entropy alone, where no divergence is formed.
-_NO_DIVERGENCE = DivergenceOptions("total_variation", 0.0, 0.0, 1.0, 1.0, -100, False)
 
 
 @overload
@@ -137,42 +135,14 @@ def linear_distillation_loss(  # type: ignore[misc]
     if teacher is None:
         raise TypeError("teacher must be a TeacherHead, CompressedLogits or a tensor of logits, got NoneType.")
     student = LinearHead(student_hidden, student_weight, student_bias, logit_softcap, logit_scale)
-    options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
+    options = checked_options(
+        divergence, alpha=alpha, beta=beta, temperature=temperature, ce_weight=ce_weight, ignore_index=ignore_index,
+        detach_mixture=detach_mixture,
+    )  # fmt: skip
     check_tail(tail, isinstance(teacher, CompressedLogits))
-    parts = _linear_loss(
-        student, teacher, options, labels, tail=tail, weight=weight, alpha=alpha, cap=cap, rows=rows,
-        reduction=reduction, num_items=num_items, vocab_size=vocab_size, chunk_rows=chunk_rows,
-        need_metrics=return_metrics,
-    )  # fmt: skip
+    request = LossRequest(labels, weight, alpha, cap, reduction, num_items, vocab_size, tail, return_metrics, rows)
+    parts = linear_loss(student, teacher, options, request, chunk_rows=chunk_rows)
     return (parts.loss, parts.metrics) if parts.metrics is not None else parts.loss
-
-
-def linear_distillation_parts(
-    student: LinearHead,
-    teacher: LinearHead | Tensor | CompressedLogits,
-    labels: Tensor,
-    *,
-    divergence: str,
-    alpha: float | None = None,
-    beta: float | None = None,
-    temperature: float = 1.0,
-    ce_weight: float = 0.0,
-    reduction: str = "mean",
-    num_items: int | Tensor | None = None,
-    vocab_size: int | None = None,
-    tail: str = "bucket",
-    need_ce: bool = True,
-    need_metrics: bool = False,
-) -> LinearParts:
-    """`linear_distillation_loss` and, detached, the cross-entropy with labels: same reduction, without its weight.
-
-    The cross-entropy costs one more look at the logits of each chunk; without ``need_ce`` it is 0.
-    """
-    options = checked_options(divergence, alpha, beta, temperature, ce_weight, -100, False)
-    return _linear_loss(
-        student, teacher, options, labels, reduction=reduction, num_items=num_items, vocab_size=vocab_size,
-        alpha=alpha, tail=tail, need_ce=need_ce, need_metrics=need_metrics,
-    )  # fmt: skip
 
 
 def linear_cross_entropy_loss(
@@ -182,121 +152,64 @@ def linear_cross_entropy_loss(
 
     Reductions, memory and gradients are those of `linear_distillation_loss`.
     """
-    return _linear_loss(student, None, _NO_DIVERGENCE, labels, reduction=reduction, num_items=num_items).loss
+    request = LossRequest(labels, reduction=reduction, num_items=num_items)
+    return linear_loss(student, None, CROSS_ENTROPY, request).loss
 
 
-def _linear_loss(
+def linear_loss(
     student: LinearHead,
     teacher: LinearHead | Tensor | CompressedLogits | None,
     options: DivergenceOptions,
-    labels: Tensor | None,
+    request: LossRequest,
     *,
-    tail: str = "bucket",
-    weight: Tensor | None = None,
-    alpha: float | Tensor | None = None,
-    cap: float | Tensor | None = None,
-    rows: Tensor | None = None,
-    reduction: str = "mean",
-    num_items: int | Tensor | None = None,
-    vocab_size: int | None = None,
     chunk_rows: int | None = None,
     need_ce: bool = False,
-    need_metrics: bool = False,
 ) -> LinearParts:
-    compressed = teacher if isinstance(teacher, CompressedLogits) else None
+    """`linear_distillation_loss` from objects, and with it, detached, the cross-entropy with labels: same reduction,
+    without its weight.
+
+    The cross-entropy costs one more look at the logits of each chunk; without ``need_ce`` it is 0. Without a teacher
+    the loss is the cross-entropy alone, and `CROSS_ENTROPY` the options.
+    """
     head = None if isinstance(teacher, CompressedLogits) else teacher
-    dtype = checked_sides(student, head, options, vocab_size)
-    check_powers(options, alpha, dtype)
-    if options.ce_weight != 0 and labels is None:
-        raise ValueError("ce_weight needs labels: pass labels of the positions or set ce_weight=0.")
-    shape = student.hidden.shape[:-1]
-    like = torch.empty((*shape, 0), dtype=dtype, device=student.hidden.device)  # positions of logits, without any
-    check_devices(like.device, labels=labels, weight=weight, alpha=alpha, cap=cap, rows=rows)
-    sides = _row_sides(like, labels, weight, alpha, cap, rows, reduction, num_items, options.ignore_index)
-    teacher_rows, teacher_weight, teacher_bias, teacher_softcap, teacher_scale = _teacher_arguments(head)
-    kept, kept_vocab = _kept_arguments(compressed, student, options, tail, vocab_size, like, need_metrics)
+    dtype = checked_sides(student, head, options, request.vocab_size)
+    check_powers(options, request.alpha, dtype)
+    shape, device = student.hidden.shape[:-1], student.hidden.device
+    like = torch.empty((*shape, 0), dtype=dtype, device=device)  # positions of logits, without any
+    labels, weight, alpha, cap, *_ = request
+    check_devices(device, labels=labels, weight=weight, alpha=alpha, cap=cap, rows=request.rows)
+    sides = row_sides(request, options, like)
+    teacher_rows: HeadRows | CompressedRows | Tensor | None
+    if isinstance(teacher, CompressedLogits):
+        teacher_rows = checked_compressed(teacher, options, request, like, student.weight.shape[0])
+    else:
+        teacher_rows = _teacher_rows(teacher)
     call = LinearDivergenceCall(
-        student.hidden.reshape(-1, student.hidden.shape[-1]), student.weight, student.bias,
-        teacher_rows, teacher_weight, teacher_bias, *kept, *sides, rows,
-        float(student.scale), float(student.softcap or 0.0), teacher_scale, teacher_softcap, options.divergence,
-        options.alpha, options.beta, options.temperature, options.ce_weight, options.ignore_index,
-        options.detach_mixture, tail, kept_vocab, dtype, checked_chunk(chunk_rows), vocab_size or 0,
-        reduction == "none", need_ce, need_metrics, _needs(student.hidden), _needs(student.weight),
-        _needs(student.bias),
+        _head_rows(student), teacher_rows, sides, options, request.rows, dtype,
+        checked_chunk(chunk_rows), request.vocab_size or 0, per_row=request.reduction == "none", need_ce=need_ce,
+        need_metrics=request.return_metrics, need_hidden=_needs(student.hidden), need_weight=_needs(student.weight),
+        need_bias=_needs(student.bias),
     )  # fmt: skip
     loss, ce, row_metrics = linear_divergence(call)
-    metrics = DivergenceMetrics.from_rows(row_metrics, shape) if need_metrics else None
-    if reduction == "none":
+    metrics = DivergenceMetrics.from_rows(row_metrics, shape) if request.return_metrics else None
+    if call.per_row:
         loss, ce = loss.reshape(shape), ce.reshape(shape)
     return LinearParts(loss, ce, metrics)
 
 
-def _row_sides(
-    like: Tensor,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    alpha: float | Tensor | None,
-    cap: float | Tensor | None,
-    rows: Tensor | None,
-    reduction: str,
-    num_items: int | Tensor | None,
-    ignore_index: int,
-) -> RowSides:
-    """Labels, weights, alpha and cap of the rows, as the operator takes them."""
-    flat = SideRows(like, loss_dtype(like.dtype))
-    flat_labels, flat_weight = flat(labels, "labels", integer=True), flat(weight, "weight")
-    if rows is not None:
-        flat_weight = _only(checked_rows(rows, row_count(like.shape[:-1])), flat_weight, like)
-    return RowSides(
-        flat_labels,
-        weight_of_rows(flat_weight, flat_labels, like.shape[:-1], like, reduction, num_items, ignore_index),
-        flat(alpha if isinstance(alpha, Tensor) else None, "alpha"),
-        flat(cap_tensor(cap, like), "cap"),
-    )
+def _head_rows(head: LinearHead) -> HeadRows:
+    hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
+    return HeadRows(hidden, head.weight, head.bias, float(head.scale), float(head.softcap or 0.0))
+
+
+def _teacher_rows(teacher: LinearHead | Tensor | None) -> HeadRows | Tensor | None:
+    """The teacher as the operator takes it; no gradient flows to it."""
+    if teacher is None:
+        return None
+    if isinstance(teacher, Tensor):
+        return teacher.detach().reshape(-1, teacher.shape[-1])
+    return over_tensors(_head_rows(teacher), Tensor.detach)
 
 
 def _needs(x: Tensor | None) -> bool:
     return x is not None and torch.is_grad_enabled() and x.requires_grad
-
-
-def _teacher_arguments(
-    teacher: LinearHead | Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
-    """Rows, weight, bias, softcap and scale as the operator takes them."""
-    if teacher is None:
-        return None, None, None, 0.0, 1.0
-    if isinstance(teacher, Tensor):
-        return teacher.detach().reshape(-1, teacher.shape[-1]), None, None, 0.0, 1.0
-    bias = None if teacher.bias is None else teacher.bias.detach()
-    hidden = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1])
-    return hidden, teacher.weight.detach(), bias, float(teacher.softcap or 0.0), float(teacher.scale)
-
-
-_Kept = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def _kept_arguments(
-    teacher: CompressedLogits | None,
-    student: LinearHead,
-    options: DivergenceOptions,
-    tail: str,
-    vocab_size: int | None,
-    like: Tensor,
-    need_metrics: bool,
-) -> tuple[_Kept, int]:
-    """A compressed teacher's tensors as the operator takes them, and its vocabulary."""
-    if teacher is None:
-        return (None, None, None, None, None), 0
-    if need_metrics:
-        raise ValueError("return_metrics needs the teacher's logits; CompressedLogits do not determine its entropy.")
-    rows = checked_compressed(
-        teacher, options, tail, like.shape[:-1], student.weight.shape[0], vocab_size, like.dtype, like.device
-    )
-    return (rows.ids, rows.logprobs, rows.log_norm, rows.tail_logprob, rows.counts), rows.vocab_size
-
-
-def _only(rows: Tensor, weight: Tensor | None, like: Tensor) -> Tensor:
-    """Row weights that are 0 outside of `rows`: what is not looked at must not enter the mean's divisor."""
-    listed = torch.zeros(row_count(like.shape[:-1]), dtype=loss_dtype(like.dtype), device=like.device)
-    listed = listed.index_fill(0, rows, 1.0)
-    return listed if weight is None else torch.where(listed > 0, weight, listed)

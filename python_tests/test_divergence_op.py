@@ -10,7 +10,7 @@ from tiers import full
 
 from distillm_ext import TeacherHead, distillation_loss, linear_distillation_loss
 from distillm_ext.functional import DIVERGENCES
-from distillm_ext.ops.divergence import DivergenceOptions
+from distillm_ext.ops.divergence import DivergenceOptions, RowSides
 from distillm_ext.ops.divergence import divergence as divergence_op
 
 
@@ -188,13 +188,13 @@ def test_second_derivative_is_refused():
 
 def test_direct_calls_are_checked():
     student, teacher = pair()
-    options = DivergenceOptions("skew_kl", 0.1, 0.0, 1.0, 0.0, -100, False)
+    options = DivergenceOptions("skew_kl", alpha=0.1)
     with pytest.raises(RuntimeError, match="teacher must have as many rows"):
-        divergence_op(student, teacher[:2], None, None, None, None, options)
+        divergence_op(student, teacher[:2], RowSides(), options)
     with pytest.raises(RuntimeError, match="weight must have shape"):
-        divergence_op(student, teacher, None, torch.ones(3), None, None, options)
+        divergence_op(student, teacher, RowSides(weight=torch.ones(3)), options)
     with pytest.raises(RuntimeError, match="has no CPU kernel"):
-        divergence_op(student, teacher, None, None, None, None, DivergenceOptions("x", 0.1, 0.0, 1.0, 0.0, -100, False))
+        divergence_op(student, teacher, RowSides(), DivergenceOptions("x"))
 
 
 def test_extra_memory_is_the_gradient_alone():

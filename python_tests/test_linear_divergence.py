@@ -8,7 +8,7 @@ from linear_cases import HIDDEN, ROWS, VOCAB, assert_same, logits_of, make_case,
 
 from distillm_ext import linear_distillation_loss
 from distillm_ext.functional import DIVERGENCES
-from distillm_ext.ops import linear_chunks, linear_gradients
+from distillm_ext.ops.linear import chunks, gradients
 
 # ---- numbers
 
@@ -94,7 +94,7 @@ def test_teacher_of_another_dtype_is_projected_in_its_own():
 @pytest.mark.parametrize("tile", [1, 10, 4096])
 def test_bf16_weight_gradient_accumulates_in_float32(monkeypatch, tile):
     """Chunk sums beyond bfloat16's eight bits: rounding after each chunk would lose them."""
-    monkeypatch.setattr(linear_gradients, "_TILE", tile)
+    monkeypatch.setattr(gradients, "_TILE", tile)
     rows = 256
     hidden = torch.ones(rows, HIDDEN, dtype=torch.bfloat16)
     weight = torch.zeros(VOCAB, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
@@ -123,13 +123,13 @@ def test_ignored_rows_may_hold_nan(dtype):
 
 
 def test_ignored_rows_meet_no_head(monkeypatch):
-    seen, project = [], linear_chunks.project
+    seen, project = [], chunks.project
 
-    def spy(hidden, *rest):
-        seen.append(len(hidden))
-        return project(hidden, *rest)
+    def spy(head, out):
+        seen.append(len(head.hidden))
+        return project(head, out)
 
-    monkeypatch.setattr(linear_chunks, "project", spy)
+    monkeypatch.setattr(chunks, "project", spy)
     case = make_case()
     case.ours(chunk_rows=100)
     assert seen == [4, 4]  # student, teacher; three of seven labels are ignored
@@ -194,12 +194,12 @@ def test_device_path_without_compaction(monkeypatch):
     clean = value_and_gradients(case.ours(chunk_rows=2), case)
     with torch.no_grad():
         case.hidden[case.labels == -100] = torch.nan
-    whole = linear_chunks.linear_divergence_cuda
+    whole = chunks.compute_cuda
     captured = []
     monkeypatch.setattr("distillm_ext.linear.linear_divergence", lambda call: captured.append(call) or (None,) * 3)
     case.ours(chunk_rows=2)
     with torch.no_grad():
-        loss, _, _, *gradients = whole(*captured[0])
+        loss, _, _, *gradients = whole(captured[0])
     torch.testing.assert_close((loss, gradients), clean)
 
 
@@ -209,7 +209,7 @@ def test_device_accumulation_is_that_of_the_host(monkeypatch):
     gradient, hidden = torch.randn(5, 9).bfloat16(), torch.randn(5, 4).bfloat16()
     found, expected = torch.full((9, 4), torch.nan), torch.full((9, 4), torch.nan)
     for first in (True, False):
-        linear_gradients.accumulate_cuda(found, gradient, hidden, 0.5, first)
-        linear_gradients.accumulate_cpu(expected, gradient, hidden, 0.5, first)
+        gradients.accumulate_cuda(found, gradient, hidden, 0.5, first)
+        gradients.accumulate_cpu(expected, gradient, hidden, 0.5, first)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found, gradient.float().t() @ hidden.float())

@@ -7,22 +7,24 @@ import torch
 from linear_cases import HIDDEN, ROWS, VOCAB, close, logits_of, make_case
 
 from distillm_ext import LinearDistillationLoss, TeacherHead, linear_distillation_loss
+from distillm_ext.checks.sides import LossRequest
 from distillm_ext.containers import LinearHead
-from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
-from distillm_ext.ops import linear_chunks
+from distillm_ext.linear import linear_cross_entropy_loss, linear_loss
+from distillm_ext.ops.divergence import DivergenceOptions
+from distillm_ext.ops.linear import chunks
 
 # ---- memory and chunks
 
 
 @pytest.mark.parametrize(("chunk_rows", "sizes"), [(1, [1] * 7), (3, [3, 3, 1]), (4, [4, 3]), (7, [7]), (100, [7])])
 def test_chunks_are_even_and_bounded(monkeypatch, chunk_rows, sizes):
-    seen, project = [], linear_chunks.project
+    seen, project = [], chunks.project
 
-    def spy(hidden, weight, bias, scale, softcap, out):
+    def spy(head, out):
         seen.append(tuple(out.shape))
-        return project(hidden, weight, bias, scale, softcap, out)
+        return project(head, out)
 
-    monkeypatch.setattr(linear_chunks, "project", spy)
+    monkeypatch.setattr(chunks, "project", spy)
     make_case(labels=False).ours(chunk_rows=chunk_rows)
     assert seen[::2] == seen[1::2] == [(size, VOCAB) for size in sizes]
 
@@ -30,19 +32,19 @@ def test_chunks_are_even_and_bounded(monkeypatch, chunk_rows, sizes):
 @pytest.mark.parametrize(("gradient", "sizes"), [(True, [15, 15]), (False, [15, 15])])
 def test_automatic_chunks_keep_to_the_budget(monkeypatch, gradient, sizes):
     # Both sides' logits, 4 bytes an entry; the gradient takes the place of the student's.
-    monkeypatch.setattr(linear_chunks, "MEMORY_BUDGET", 26 * VOCAB * 4 * 2)
+    monkeypatch.setattr(chunks, "MEMORY_BUDGET", 26 * VOCAB * 4 * 2)
     case = make_case(shape=(30,), labels=False)
-    seen, project = [], linear_chunks.project
-    monkeypatch.setattr(linear_chunks, "project", lambda *a: seen.append(len(a[0])) or project(*a))
+    seen, project = [], chunks.project
+    monkeypatch.setattr(chunks, "project", lambda head, out: seen.append(len(out)) or project(head, out))
     with torch.set_grad_enabled(gradient):
         case.ours()
     assert seen[::2] == sizes
 
 
 def test_automatic_chunks_are_never_tiny(monkeypatch):
-    monkeypatch.setattr(linear_chunks, "MEMORY_BUDGET", 1)
-    seen, project = [], linear_chunks.project
-    monkeypatch.setattr(linear_chunks, "project", lambda *a: seen.append(len(a[0])) or project(*a))
+    monkeypatch.setattr(chunks, "MEMORY_BUDGET", 1)
+    seen, project = [], chunks.project
+    monkeypatch.setattr(chunks, "project", lambda head, out: seen.append(len(out)) or project(head, out))
     make_case(shape=(32,), labels=False).ours()
     assert seen[::2] == [16, 16]
 
@@ -100,17 +102,18 @@ def test_parts_and_cross_entropy_alone():
     torch.testing.assert_close(alone, torch.nn.functional.cross_entropy(logits, case.labels, reduction="sum") / 5)
     for found, wanted in zip(torch.autograd.grad(alone, case.leaves()), expected, strict=True):
         close(found, wanted, 1e-5)
-    loss, part, _ = linear_distillation_parts(
-        student, case.teacher, case.labels, divergence="skew_kl", ce_weight=0.3, num_items=5
+    options = DivergenceOptions("skew_kl", alpha=0.1)
+    loss, part, _ = linear_loss(
+        student, case.teacher, options._replace(ce_weight=0.3), LossRequest(case.labels, num_items=5), need_ce=True
     )
     torch.testing.assert_close(part, alone.detach())
     torch.testing.assert_close(loss, case.expected(divergence="skew_kl", ce_weight=0.3, num_items=5))
     assert not part.requires_grad
-    options = dict(divergence="skew_kl", reduction="none")
-    rows, parts, _ = linear_distillation_parts(student, case.teacher, case.labels, **options)
-    torch.testing.assert_close(rows, case.expected(**options))
+    request = LossRequest(case.labels, reduction="none")
+    rows, parts, _ = linear_loss(student, case.teacher, options, request, need_ce=True)
+    torch.testing.assert_close(rows, case.expected(divergence="skew_kl", reduction="none"))
     torch.testing.assert_close(parts, torch.nn.functional.cross_entropy(logits, case.labels, reduction="none"))
-    assert (linear_distillation_parts(student, case.teacher, case.labels, **options, need_ce=False)[1] == 0).all()
+    assert (linear_loss(student, case.teacher, options, request).ce == 0).all()
 
 
 def test_module_passes_everything_on():

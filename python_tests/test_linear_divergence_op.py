@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from distillm_ext import TeacherHead, distillation_loss, linear_distillation_loss
 from distillm_ext.functional import DIVERGENCES
-from distillm_ext.ops.linear_divergence import linear_divergence
+from distillm_ext.ops.linear.call import flatten
+from distillm_ext.ops.linear.operator import linear_divergence
 
 # ---- gradients that are needed, and when
 
@@ -121,17 +122,19 @@ def captured_call(case: Case, monkeypatch, **options: Any):
 def test_opcheck(monkeypatch, dtype, options, bias):
     case = make_case(dtype, bias=bias, softcap=5.0)
     call = captured_call(case, monkeypatch, **options)
-    torch.library.opcheck(torch.ops.distillm_ext.linear_divergence.default, tuple(call))
+    torch.library.opcheck(torch.ops.distillm_ext.linear_divergence.default, flatten(call))
 
 
 def test_opcheck_per_row_and_inference(monkeypatch):
     case = make_case()
-    call = captured_call(case, monkeypatch, reduction="none")._replace(row_weight=torch.rand(ROWS))
-    torch.library.opcheck(torch.ops.distillm_ext.linear_divergence.default, tuple(call))
+    call = captured_call(case, monkeypatch, reduction="none")
+    call = call._replace(sides=call.sides._replace(weight=torch.rand(ROWS)))
+    torch.library.opcheck(torch.ops.distillm_ext.linear_divergence.default, flatten(call))
     with torch.no_grad():
         call = captured_call(case, monkeypatch)
-    frozen = call._replace(hidden=call.hidden.detach(), weight=call.weight.detach(), bias=None, need_ce=True)
-    torch.library.opcheck(torch.ops.distillm_ext.linear_divergence.default, tuple(frozen))
+    student = call.student._replace(hidden=call.student.hidden.detach(), weight=call.student.weight.detach(), bias=None)
+    frozen = call._replace(student=student, need_ce=True)
+    torch.library.opcheck(torch.ops.distillm_ext.linear_divergence.default, flatten(frozen))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

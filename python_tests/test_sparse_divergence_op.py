@@ -18,7 +18,7 @@ def pair(rows=4, vocab=40, k=6, dtype=torch.float32, tail="bucket"):
 
 def rows_of(teacher, tail="bucket"):
     norm, rest = teacher.log_norm[:, 0].contiguous(), teacher.tail_logprob[:, 0].contiguous()
-    return CompressedRows(teacher.ids, teacher.logprobs, norm, rest, teacher.counts, teacher.vocab_size, tail)
+    return CompressedRows(teacher.ids, teacher.logprobs, norm, rest, teacher.counts, tail, teacher.vocab_size)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
@@ -27,7 +27,7 @@ def rows_of(teacher, tail="bucket"):
 def test_opcheck(dtype, tail, need_gradient):
     student, teacher = pair(dtype=dtype, tail=tail)
     side = torch.float64 if dtype == torch.float64 else torch.float32
-    ids, logprobs, log_norm, tail_logprob, counts, vocab, _ = rows_of(teacher, tail)
+    ids, logprobs, log_norm, tail_logprob, counts, _, vocab = rows_of(teacher, tail)
     labels, per_row = torch.tensor([1, 2, -100, 3]), torch.rand(4, dtype=side)
     for sides, ce_weight in (((None,) * 4, 0.0), ((labels, per_row, per_row, per_row), 0.5)):
         arguments = (
@@ -181,7 +181,7 @@ def test_sampled_forms_that_do_not_exist_are_refused_with_the_reason():
 
 def test_direct_calls_are_checked():
     student, teacher = pair()
-    options, rows = DivergenceOptions("skew_kl", 0.1, 0.0, 1.0, 0.0, -100, False), rows_of(teacher)
+    options, rows = DivergenceOptions("skew_kl", alpha=0.1), rows_of(teacher)
     cases = [
         (rows._replace(ids=teacher.ids[:2]), "ids must have shape"),
         (rows._replace(ids=teacher.ids.long()), "ids must have dtype Int"),
@@ -193,10 +193,9 @@ def test_direct_calls_are_checked():
     ]
     for bad, match in cases:
         with pytest.raises(RuntimeError, match=match):
-            sparse_divergence_op(student, bad, RowSides(None, None, None, None), options)
+            sparse_divergence_op(student, bad, RowSides(), options)
     with pytest.raises(RuntimeError, match="has no CPU kernel"):
-        unknown = DivergenceOptions("x", 0.1, 0.0, 1.0, 0.0, -100, False)
-        sparse_divergence_op(student, rows, RowSides(None, None, None, None), unknown)
+        sparse_divergence_op(student, rows, RowSides(), DivergenceOptions("x"))
 
 
 def test_extra_memory_is_the_gradient_alone():

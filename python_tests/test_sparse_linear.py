@@ -7,7 +7,8 @@ from sparse_cases import FORMS, compressed, logits
 
 from distillm_ext import distillation_loss, linear_distillation_loss
 from distillm_ext.containers import LinearHead
-from distillm_ext.ops import linear_chunks, linear_divergence
+from distillm_ext.ops.linear import chunks, operator
+from distillm_ext.ops.linear.call import flatten
 
 ROWS, VOCAB, HIDDEN = 9, 70, 12
 
@@ -108,13 +109,13 @@ def test_logits_exist_by_the_chunk():
 @pytest.mark.parametrize("tail", ("bucket", "sampled"))
 def test_opcheck_and_compile(tail, monkeypatch):
     calls = []
-    original = linear_divergence.linear_divergence
+    original = operator.linear_divergence
     monkeypatch.setattr("distillm_ext.linear.linear_divergence", lambda call: calls.append(call) or original(call))
     case = make_case(torch.float32, tail)
     case.ours(tail=tail, chunk_rows=4, ce_weight=0.5)
     case.ours(tail=tail, reduction="none")
     for call in calls:
-        torch.library.opcheck(torch.ops.distillm_ext.linear_divergence.default, tuple(call))
+        torch.library.opcheck(torch.ops.distillm_ext.linear_divergence.default, flatten(call))
     monkeypatch.undo()
 
     def step(hidden, weight, teacher, labels):
@@ -138,7 +139,7 @@ def test_device_path_without_compaction(monkeypatch, tail):
     monkeypatch.setattr("distillm_ext.linear.linear_divergence", lambda call: captured.append(call) or (None,) * 3)
     case.ours(chunk_rows=2, tail=tail)
     with torch.no_grad():
-        loss, _, _, *gradients = linear_chunks.linear_divergence_cuda(*captured[0])
+        loss, _, _, *gradients = chunks.compute_cuda(captured[0])
     torch.testing.assert_close((loss, gradients), clean)
 
 

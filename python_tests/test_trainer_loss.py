@@ -24,7 +24,7 @@ from trainer_world import (
 
 from distillm_ext import reference
 from distillm_ext.models.logit_reader import LogitReader
-from distillm_ext.ops import linear_chunks
+from distillm_ext.ops.linear import chunks
 from distillm_ext.training.meters import METRICS
 
 # ---- the loss
@@ -145,15 +145,15 @@ def test_fused_heads_train_like_materialised_logits(tmp_path, monkeypatch, job):
 
 def test_training_keeps_no_logits(tmp_path, monkeypatch):
     """Neither side's head runs its own product, and no more than a chunk's logits exist."""
-    shapes, project = set(), linear_chunks.project
+    shapes, project = set(), chunks.project
 
     def spy(*arguments):
         shapes.add(tuple(arguments[-1].shape))
         return project(*arguments)
 
-    monkeypatch.setattr(linear_chunks, "project", spy)
-    monkeypatch.setattr(linear_chunks, "MEMORY_BUDGET", 1)
-    monkeypatch.setattr(linear_chunks, "MIN_CHUNK_ROWS", 3)
+    monkeypatch.setattr(chunks, "project", spy)
+    monkeypatch.setattr(chunks, "MEMORY_BUDGET", 1)
+    monkeypatch.setattr(chunks, "MIN_CHUNK_ROWS", 3)
     student, teacher = tiny_model(1), tiny_model(2, layers=2)
     ran = []
 

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from distillm_ext import DIVERGENCES, compress_logits, distillation_loss, linear_distillation_loss, sample_tokens
-from distillm_ext.ops.divergence import DivergenceOptions
+from distillm_ext.ops.divergence import CROSS_ENTROPY, RowSides
 from distillm_ext.ops.divergence import divergence as divergence_op
 
 Operator = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 K = 16
 # The member without a default.
 ALPHA = {"interpolated": 0.4}
-# Cross-entropy alone, as the trainer computes it: a divergence capped at 0 adds nothing.
-_ALONE = DivergenceOptions("total_variation", 0.0, 0.0, 1.0, 1.0, -100, False)
 
 
 def labels_of(logits: Tensor) -> Tensor:
@@ -30,7 +28,8 @@ def labels_of(logits: Tensor) -> Tensor:
 def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
     """[rows], against a teacher one entry wide."""
     cap = student.new_zeros(student.shape[0], dtype=torch.float32)
-    return divergence_op(student, student.new_zeros(student.shape[0], 1), labels, None, None, cap, _ALONE)[0]
+    nobody = student.new_zeros(student.shape[0], 1)
+    return divergence_op(student, nobody, RowSides(labels, cap=cap), CROSS_ENTROPY)[0]
 
 
 def _with_gradient(student: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from ..compressed_logits import CompressedLogits
 from ..ops.divergence import DivergenceOptions, loss_dtype
 from ..ops.sparse_divergence import CompressedRows
 from .logits import check_vocab_size
+from .sides import LossRequest
 
 SPARSE_DIVERGENCES = (
     "forward_kl",
@@ -23,20 +24,16 @@ SAMPLED_DIVERGENCES = ("forward_kl", "skew_kl", "skew_reverse_kl", "total_variat
 
 
 def checked_compressed(
-    teacher: CompressedLogits,
-    options: DivergenceOptions,
-    tail: str,
-    positions: torch.Size,
-    student_vocab: int,
-    vocab_size: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
+    teacher: CompressedLogits, options: DivergenceOptions, request: LossRequest, like: Tensor, student_vocab: int
 ) -> CompressedRows:
-    """The teacher, checked against the student's positions, dtype and device, flattened for the operator."""
-    _check_container(teacher, positions, device)
+    """The teacher, checked and flattened for the operator. `like`: as in `checks.sides.row_sides`, of the student."""
+    if request.return_metrics:
+        raise ValueError("return_metrics needs the teacher's logits; CompressedLogits do not determine its entropy.")
+    tail, vocab_size = request.tail, request.vocab_size
+    _check_container(teacher, like.shape[:-1], like.device)
     _check_form(teacher, options, tail)
     at = _temperature_index(teacher, options.temperature)
-    wide = loss_dtype(dtype)
+    wide = loss_dtype(like.dtype)
     k = teacher.ids.shape[-1]
     log_norm = teacher.log_norm[..., at].masked_fill(~teacher.valid, torch.nan)
     rows = CompressedRows(
@@ -45,8 +42,8 @@ def checked_compressed(
         log_norm.detach().reshape(-1).to(wide),
         teacher.tail_logprob[..., at].detach().reshape(-1).to(wide),
         teacher.counts.reshape(-1, k) if tail == "sampled" and teacher.counts is not None else None,
-        teacher.vocab_size,
         tail,
+        teacher.vocab_size,
     )
     if vocab_size is None:
         check_vocabularies(options, student_vocab, teacher.vocab_size)

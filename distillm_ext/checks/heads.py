@@ -134,23 +134,6 @@ def check_devices(device: torch.device, **values: object) -> None:
             raise ValueError(f"{name} must be on the device of student_hidden, {device}, got {value.device}.")
 
 
-def checked_rows(rows: Tensor, positions: int) -> Tensor:
-    """The values are looked at where that does not wait for a device and no compiler traces."""
-    if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
-        found = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"rows must be an int64 tensor of indices into the flattened positions, got {found}.")
-    if rows.dim() != 1:
-        raise ValueError(f"rows must have shape [n], got {list(rows.shape)}.")
-    if type(rows) is not Tensor or rows.device.type != "cpu" or torch.compiler.is_compiling() or len(rows) == 0:
-        return rows
-    low, high = (int(x) for x in rows.aminmax())
-    if low < 0 or high >= positions:
-        raise ValueError(f"rows must lie in 0..{positions - 1}, the flattened positions, got {low}..{high}.")
-    if len(rows.unique()) < len(rows):
-        raise ValueError("rows must be distinct, got some of them more than once.")
-    return rows
-
-
 def checked_chunk(chunk_rows: int | None) -> int:
     if chunk_rows is None:
         return 0

@@ -1,16 +1,15 @@
-"""Checks of the losses' arguments, and positions [...] flattened to rows: before any kernel runs."""
+"""Checks of the logits that a loss is given, before any kernel runs."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.divergence import DivergenceOptions, loss_dtype, row_count
+from ..ops.divergence import DivergenceOptions
 from ..ops.extension import require_backend
-from .options import TAILS, checked_number
+from .options import TAILS
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -128,91 +127,3 @@ def check_vocabularies(options: DivergenceOptions, student: int, teacher: int) -
             f"{options.divergence} is infinite when {wider} has entries that the other side lacks ({student} student, "
             f"{teacher} teacher entries); pass vocab_size={min(student, teacher)} to use the entries that both have."
         )
-
-
-class SideRows:
-    """Flattens a side input [...] to contiguous rows of the right dtype, with checks."""
-
-    def __init__(self, logits: Tensor, dtype: torch.dtype) -> None:
-        self.shape, self.device, self.dtype = logits.shape[:-1], logits.device, dtype
-
-    def __call__(self, value: Tensor | None, name: str, integer: bool = False) -> Tensor | None:
-        if value is None:
-            return None
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
-        if value.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; call to_dense().")
-        if value.dim() == 0 and name in ("alpha", "cap"):  # a number that a compiler or a schedule keeps in a tensor
-            value = value.expand(self.shape)
-        if value.shape != self.shape:
-            raise ValueError(f"{name} must have one entry per position, {list(self.shape)}, got {list(value.shape)}.")
-        if value.device != self.device:
-            raise ValueError(f"{name} must be on the device of student_logits, {self.device}, got {value.device}.")
-        if integer and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
-            raise TypeError(f"{name} must be an integer tensor, got {value.dtype}.")
-        if value.is_complex():
-            raise TypeError(f"{name} must be real, got {value.dtype}.")
-        return value.detach().reshape(-1).to(torch.int64 if integer else self.dtype)
-
-
-def cap_tensor(cap: float | Tensor | None, logits: Tensor) -> Tensor | None:
-    if cap is None or isinstance(cap, Tensor):
-        return cap
-    cap = checked_number(cap, "cap")
-    if not cap >= 0:
-        raise ValueError(f"cap must not be negative, got {cap}.")
-    return torch.full(logits.shape[:-1], cap, dtype=loss_dtype(logits.dtype), device=logits.device)
-
-
-def weight_of_rows(
-    weight: Tensor | None,
-    labels: Tensor | None,
-    shape: torch.Size,
-    logits: Tensor,
-    reduction: str,
-    num_items: int | Tensor | None,
-    ignore_index: int,
-) -> Tensor | None:
-    """The factor of every row, the division of "mean" included: the kernel's gradient is then final."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
-    if reduction != "mean":
-        if num_items is not None:
-            raise ValueError(f"num_items is the divisor of reduction='mean', got reduction={reduction!r}.")
-        return weight
-    if weight is None:
-        weight = torch.ones(row_count(shape), dtype=loss_dtype(logits.dtype), device=logits.device)
-    if num_items is not None:
-        total = _checked_num_items(num_items, weight)
-    else:
-        # A weight that is no number spoils its own row only, so it stays out of the divisor.
-        counted = weight.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        total = (counted if labels is None else counted * (labels != ignore_index)).sum()
-    return weight * torch.where(total == 0, torch.zeros_like(total), 1 / total)
-
-
-def deferred_weight(weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Row weights for the kernel and those to apply to its losses.
-
-    A gradient in float16 has no digits left below 6e-8, where the division of "mean" easily takes it, and what a
-    gradient scaler multiplies by later is lost by then. So its rows are weighted in the backward pass, in float32;
-    the kernel only learns which of them count.
-    """
-    if weight is None or dtype != torch.float16:
-        return weight, None
-    return torch.where(weight.isnan(), weight, (weight != 0).to(weight.dtype)), weight
-
-
-def _checked_num_items(num_items: int | Tensor, weight: Tensor) -> Tensor:
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items must have one element, got shape {list(num_items.shape)}.")
-        if num_items.is_complex() or num_items.dtype == torch.bool:
-            raise TypeError(f"num_items must hold a number, got {num_items.dtype}.")
-        items = num_items.detach().reshape(()).to(weight)
-        return torch.where(items < 0, torch.full_like(items, math.nan), items)
-    count = checked_number(num_items, "num_items")
-    if not 0.0 <= count < math.inf:
-        raise ValueError(f"num_items must be finite and not negative, got {num_items}.")
-    return torch.full((), count, dtype=weight.dtype, device=weight.device)

@@ -41,13 +41,18 @@ TAILS = ("bucket", "truncate", "renormalize", "sampled")
 
 def checked_options(
     divergence: str,
-    alpha: float | Tensor | None,
-    beta: float | None,
-    temperature: float,
-    ce_weight: float,
-    ignore_index: int,
-    detach_mixture: bool,
+    *,
+    alpha: float | Tensor | None = None,
+    beta: float | None = None,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    ignore_index: int = -100,
+    detach_mixture: bool = False,
 ) -> DivergenceOptions:
+    """The hyper-parameters of a loss, checked, published defaults filled in and limits of families named as such.
+
+    Of an alpha that is a tensor only its being there counts: its values travel with the rows.
+    """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
     if detach_mixture and divergence != "skew_reverse_kl":

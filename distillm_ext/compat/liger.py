@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks.logits import deferred_weight
 from ..checks.options import checked_number, checked_options
+from ..checks.sides import deferred_weight
 from ..ops.divergence import loss_dtype
 from ..ops.extension import require_backend
 from ..ops.logprob_divergence import logprob_divergence
@@ -50,7 +50,7 @@ def liger_jsd(
         >>> liger_jsd(log_q, torch.randn(8, 100).log_softmax(-1), beta=0.1).backward()
     """
     input, target, dtype = *_checked_pair(input, target), input.dtype
-    options = checked_options("generalized_js", None, beta, 1.0, 0.0, ignore_index, False)
+    options = checked_options("generalized_js", beta=beta, ignore_index=ignore_index)
     if shift_labels is None:
         weight = _equal_weight(input, input.shape[0])
     else:

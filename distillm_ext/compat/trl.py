@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks.logits import SideRows, check_logits
+from ..checks.logits import check_logits
 from ..checks.options import checked_options
+from ..checks.sides import SideRows
 from ..functional import distillation_loss
 from ..ops.divergence import loss_dtype
 from .entries import generalized_js_entries
@@ -75,7 +76,7 @@ def generalized_jsd_loss(
 def _entries(student: Tensor, teacher: Tensor, labels: Tensor | None, beta: float, temperature: float) -> Tensor:
     """The summands of every position, or [N, V] of those with a label."""
     check_logits(student, teacher)
-    checked_options("generalized_js", None, beta, temperature, 0.0, -100, False)
+    checked_options("generalized_js", beta=beta, temperature=temperature)
     if student.shape != teacher.shape:
         raise ValueError(
             f"teacher_logits must have the shape of student_logits for reduction='none', {list(student.shape)}, got "

@@ -1,9 +1,8 @@
-"""Operators `divergence` and `scale_rows_`: typed call, fake, autograd. In place: `divergence_inplace`."""
+"""Operators `divergence`, in place `divergence_`, and `scale_rows_`: options, typed calls, fakes, autograd."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,26 +11,36 @@ from torch import Tensor
 from . import extension  # noqa: F401  (loads the libraries)
 
 
-@dataclass(frozen=True)
-class DivergenceOptions:
-    """Hyper-parameters of the operator; `functional` documents and checks them."""
+class DivergenceOptions(NamedTuple):
+    """The hyper-parameters of a loss, from the objective to the operators.
+
+    The fields are arguments of the operators, in the order of their schemas. `checks.options.checked_options` makes one
+    of what a user passes; `functional` documents them.
+    """
 
     divergence: str
-    alpha: float
-    beta: float
-    temperature: float
-    ce_weight: float
-    ignore_index: int
-    detach_mixture: bool
+    alpha: float = 0.0
+    beta: float = 0.0
+    temperature: float = 1.0
+    ce_weight: float = 0.0
+    ignore_index: int = -100
+    detach_mixture: bool = False
+
+
+# Cross-entropy alone, by the same kernel: beside a cap of 0 the divergence adds nothing, to the gradient neither.
+CROSS_ENTROPY = DivergenceOptions("total_variation", ce_weight=1.0)
 
 
 class RowSides(NamedTuple):
-    """The side inputs of the rows, [R] each."""
+    """The side inputs of the rows, [R] each. The fields are arguments of the operators, in the order of their schemas.
 
-    labels: Tensor | None
-    weight: Tensor | None  # the division of "mean" included
-    alpha: Tensor | None
-    cap: Tensor | None
+    weight, alpha_rows and cap have the dtype of the losses.
+    """
+
+    labels: Tensor | None = None  # int64
+    weight: Tensor | None = None  # the division of "mean" included
+    alpha_rows: Tensor | None = None
+    cap: Tensor | None = None
 
 
 def row_count(shape: torch.Size) -> int:
@@ -47,10 +56,7 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
 def divergence(
     student: Tensor,
     teacher: Tensor,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    alpha_rows: Tensor | None,
-    cap: Tensor | None,
+    sides: RowSides,
     options: DivergenceOptions,
     *,
     vocab_size: int = 0,
@@ -65,24 +71,25 @@ def divergence(
     """
     need_gradient = torch.is_grad_enabled() and student.requires_grad
     loss, _, metrics = torch.ops.distillm_ext.divergence(
-        student,
-        teacher,
-        labels,
-        weight,
-        alpha_rows,
-        cap,
-        options.divergence,
-        options.alpha,
-        options.beta,
-        options.temperature,
-        options.ce_weight,
-        options.ignore_index,
-        options.detach_mixture,
-        vocab_size,
-        need_gradient,
-        need_metrics,
+        student, teacher, *sides, *options, vocab_size, need_gradient, need_metrics
     )
     return loss, metrics
+
+
+def divergence_(
+    student: Tensor,
+    teacher: Tensor,
+    sides: RowSides,
+    options: DivergenceOptions,
+    *,
+    vocab_size: int = 0,
+    need_metrics: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `divergence`; the gradient of the sum of the losses takes the place of `student`. Unknown to autograd.
+
+    `student` must have stride 1 along the vocabulary.
+    """
+    return torch.ops.distillm_ext.divergence_(student, teacher, *sides, *options, vocab_size, need_metrics)
 
 
 def row_outputs(student: Tensor, need_metrics: bool) -> tuple[Tensor, Tensor]:
@@ -92,26 +99,15 @@ def row_outputs(student: Tensor, need_metrics: bool) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("distillm_ext::divergence")
-def _divergence_fake(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    weight: Tensor | None,
-    alpha_rows: Tensor | None,
-    cap: Tensor | None,
-    divergence: str,
-    alpha: float,
-    beta: float,
-    temperature: float,
-    ce_weight: float,
-    ignore_index: int,
-    detach_mixture: bool,
-    vocab_size: int,
-    need_gradient: bool,
-    need_metrics: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _divergence_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_gradient, need_metrics = arguments[-2:]
     loss, metrics = row_outputs(student, need_metrics)
     return loss, student.new_empty(student.shape if need_gradient else (0,)), metrics
+
+
+@torch.library.register_fake("distillm_ext::divergence_")
+def _divergence_in_place_fake(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return row_outputs(student, need_metrics=arguments[-1])
 
 
 @torch.library.register_fake("distillm_ext::scale_rows_")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .divergence import DivergenceOptions, RowSides, register_row_gradient, row_outputs
-from .divergence_inplace import overwrite
 
 
 class CompressedRows(NamedTuple):
@@ -19,50 +18,36 @@ class CompressedRows(NamedTuple):
     log_norm: Tensor  # [R]
     tail_logprob: Tensor  # [R]
     counts: Tensor | None  # [R, K] int32, for tail "sampled"
-    vocab_size: int
     tail: str
+    vocab_size: int
+
+
+def sparse_divergence(
+    student: Tensor, teacher: CompressedRows, sides: RowSides, options: DivergenceOptions, *, vocab_size: int = 0
+) -> Tensor:
+    """Losses [R] of student [R, V] or [B, S, V] (R = B S) against a compressed teacher, differentiable in `student`.
+
+    Rows, masks and gradients as in `ops.divergence.divergence`.
+    """
+    need_gradient = torch.is_grad_enabled() and student.requires_grad
+    arguments = _arguments(teacher, sides, options, vocab_size)
+    return torch.ops.distillm_ext.sparse_divergence(student, *arguments, need_gradient)[0]
+
+
+def sparse_divergence_(
+    student: Tensor, teacher: CompressedRows, sides: RowSides, options: DivergenceOptions, *, vocab_size: int = 0
+) -> Tensor:
+    """As `sparse_divergence`, in place as in `ops.divergence.divergence_`."""
+    return torch.ops.distillm_ext.sparse_divergence_(student, *_arguments(teacher, sides, options, vocab_size))
 
 
 def _arguments(
     teacher: CompressedRows, sides: RowSides, options: DivergenceOptions, vocab_size: int
 ) -> tuple[Any, ...]:
     """What both operators take after the student, in the order of their schemas."""
-    return (
-        *teacher[:5], *sides, options.divergence, teacher.tail, options.alpha, options.beta, options.temperature,
-        options.ce_weight, options.ignore_index, options.detach_mixture, vocab_size, teacher.vocab_size,
-    )  # fmt: skip
-
-
-def sparse_divergence(
-    student: Tensor,
-    teacher: CompressedRows,
-    sides: RowSides,
-    options: DivergenceOptions,
-    *,
-    vocab_size: int = 0,
-    inplace: bool = False,
-) -> Tensor:
-    """Losses [R] of student [R, V] or [B, S, V] (R = B S) against a compressed teacher, differentiable in `student`.
-
-    Rows, masks and gradients as in `ops.divergence.divergence`; with `inplace` as in `divergence_inplace`.
-    """
-    arguments = _arguments(teacher, sides, options, vocab_size)
-    if inplace:
-        return overwrite(_overwriting, student, arguments)[0]
-    need_gradient = torch.is_grad_enabled() and student.requires_grad
-    return torch.ops.distillm_ext.sparse_divergence(student, *arguments, need_gradient)[0]
-
-
-def _overwriting(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    loss = torch.ops.distillm_ext.sparse_divergence_(student, *arguments)
-    return loss, loss.new_empty(0)  # a compressed teacher has no metrics
-
-
-def sparse_divergence_over(
-    student: Tensor, teacher: CompressedRows, sides: RowSides, options: DivergenceOptions
-) -> Tensor:
-    """Losses [R]; the gradient of their sum takes the place of `student`. Unknown to autograd."""
-    return torch.ops.distillm_ext.sparse_divergence_(student, *_arguments(teacher, sides, options, 0))
+    *tensors, tail, teacher_vocab = teacher
+    divergence, *others = options
+    return (*tensors, *sides, divergence, tail, *others, vocab_size, teacher_vocab)
 
 
 @torch.library.register_fake("distillm_ext::sparse_divergence")

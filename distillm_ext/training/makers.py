@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from distillm_ext.checks.options import checked_options
 from distillm_ext.data.batches import DistillationCollator
 from distillm_ext.data.chat.templates import template_ends
 from distillm_ext.data.plain_text import PlainTextBatches, pack_text
@@ -18,6 +20,7 @@ from distillm_ext.generation import Engine, LocalEngine, full_weights
 from distillm_ext.generation.ends import end_token_ids, name_ends
 from distillm_ext.models.frozen_teacher import ModelTeacher
 from distillm_ext.models.vocabulary import check_token_ids
+from distillm_ext.ops.divergence import DivergenceOptions
 from distillm_ext.teacher import CompressionSettings, TeacherCache
 from distillm_ext.training.config import DistillationConfig
 from distillm_ext.training.objectives import CrossEntropyObjective, DivergenceObjective, Objective, ObjectiveSchedule
@@ -38,17 +41,24 @@ def make_run_policy(args: DistillationConfig) -> Policy:
     return make_policy(args.policy, mixed_fraction=args.mixed_fraction, schedule=schedule)
 
 
+def configured_options(args: DistillationConfig) -> DivergenceOptions:
+    """The hyper-parameters that the configuration holds, in the fields named as those of `DivergenceOptions`.
+
+    Raises:
+        TypeError, ValueError: one of them has the wrong type or range.
+    """
+    configured = {field.name for field in fields(args)} & set(DivergenceOptions._fields)
+    return checked_options(**{name: getattr(args, name) for name in configured})
+
+
 def make_objectives(args: DistillationConfig, vocab_size: int, tail: str) -> ObjectiveSchedule:
     """The main objective and, if configured, the one of the warm-up; `tail` is that of compressed teacher logits."""
-    main = DivergenceObjective(
-        args.divergence, args.alpha, args.beta, args.temperature, ce_weight=args.ce_weight, vocab_size=vocab_size,
-        tail=tail,
-    )  # fmt: skip
+    main = DivergenceObjective(configured_options(args), vocab_size=vocab_size, tail=tail)
     warmup: Objective | None = None
     if args.warmup_objective == "sft":
         warmup = CrossEntropyObjective()
     elif args.warmup_objective == "forward_kl":
-        warmup = DivergenceObjective("forward_kl", vocab_size=vocab_size, tail=tail)
+        warmup = DivergenceObjective(DivergenceOptions("forward_kl"), vocab_size=vocab_size, tail=tail)
     return ObjectiveSchedule(main, warmup, args.warmup_objective_steps)
 
 

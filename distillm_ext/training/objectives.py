@@ -4,18 +4,19 @@ the heads and no logits are kept. They know nothing of where the tokens came fro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distillm_ext.checks.sides import LossRequest
 from distillm_ext.compressed_logits import CompressedLogits
 from distillm_ext.containers import DivergenceMetrics, LinearHead
-from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
-from distillm_ext.losses import DistillationLoss
+from distillm_ext.functional import logits_loss
+from distillm_ext.linear import linear_cross_entropy_loss, linear_loss
 from distillm_ext.models.logit_reader import StudentOutput, Targets, head_logits
 from distillm_ext.models.router_loss import ModelLoss
+from distillm_ext.ops.divergence import DivergenceOptions
 from distillm_ext.training.meters import METRICS
 
 
@@ -74,32 +75,15 @@ class DivergenceObjective:
     """D(teacher, student) + ce_weight · cross-entropy.
 
     Args:
-        divergence, alpha, beta, temperature: see `distillm_ext.distillation_loss`; None is the published default.
-        ce_weight: weight of the cross-entropy with the targets.
+        options: the hyper-parameters, checked (`checks.options.checked_options`).
         vocab_size: entries of both vocabularies that are compared.
         tail: of compressed teacher logits, see `distillm_ext.distillation_loss`.
     """
 
     needs_teacher = True
 
-    def __init__(
-        self,
-        divergence: str,
-        alpha: float | None = None,
-        beta: float | None = None,
-        temperature: float = 1.0,
-        *,
-        ce_weight: float = 0.0,
-        vocab_size: int | None = None,
-        tail: str = "bucket",
-    ) -> None:
-        parameters = {"alpha": alpha, "beta": beta, "temperature": temperature, "vocab_size": vocab_size}
-        options: dict[str, Any] = {name: value for name, value in parameters.items() if value is not None}
-        self.ce_weight = ce_weight
-        self.vocab_size = vocab_size
-        self.options = {"divergence": divergence, "tail": tail, **options}
-        self.divergence = DistillationLoss(**self.options)
-        self.with_ce = DistillationLoss(ce_weight=ce_weight, **self.options)
+    def __init__(self, options: DivergenceOptions, *, vocab_size: int | None = None, tail: str = "bucket") -> None:
+        self.options, self.vocab_size, self.tail = options, vocab_size, tail
 
     def __call__(
         self,
@@ -124,33 +108,37 @@ class DivergenceObjective:
             `LossParts` with "divergence", and "ce" where it has a weight.
         """
         assert teacher is not None  # needs_teacher
-        ce_weight = self.ce_weight if ground_truth else 0.0
+        options = self.options if ground_truth else self.options._replace(ce_weight=0.0)
         if isinstance(student, LinearHead):
-            return self._fused(student, teacher, targets.to(student.hidden.device), num_items, ce_weight)
+            return self._fused(student, teacher, targets.to(student.hidden.device), num_items, options)
         teacher = (head_logits(teacher) if isinstance(teacher, LinearHead) else teacher).to(student.device)
-        targets = targets.to(student.device)
-        loss = self.divergence if ce_weight == 0.0 else self.with_ce
-        metrics = None
-        if isinstance(teacher, CompressedLogits):
-            total = loss(student, teacher, targets, num_items=num_items)
-        else:
-            total, metrics = loss(student, teacher, targets, num_items=num_items, return_metrics=True)
-        ce = None
-        if ce_weight != 0.0:
+        targets, ce = targets.to(student.device), None
+        total, metrics = logits_loss(student, teacher, options, self._request(teacher, targets, num_items))
+        if options.ce_weight != 0:
             with torch.no_grad():
                 ce = cross_entropy(student[:, : self.vocab_size], targets, num_items)
-        return _divergence_parts(total, metrics, num_items, ce, ce_weight)
+        return _divergence_parts(total, metrics, num_items, ce, options.ce_weight)
 
     def _fused(
-        self, student: LinearHead, teacher: Targets, targets: Tensor, num_items: int | Tensor, ce_weight: float
+        self,
+        student: LinearHead,
+        teacher: Targets,
+        targets: Tensor,
+        num_items: int | Tensor,
+        options: DivergenceOptions,
     ) -> LossParts:
         if not isinstance(teacher, LinearHead):
             teacher = teacher.to(student.hidden.device)
-        total, ce, metrics = linear_distillation_parts(
-            student, teacher, targets, num_items=num_items, ce_weight=ce_weight, need_ce=ce_weight != 0,
-            need_metrics=not isinstance(teacher, CompressedLogits), **self.options,
+        with_ce = options.ce_weight != 0
+        request = self._request(teacher, targets, num_items)
+        total, ce, metrics = linear_loss(student, teacher, options, request, need_ce=with_ce)
+        return _divergence_parts(total, metrics, num_items, ce if with_ce else None, options.ce_weight)
+
+    def _request(self, teacher: Targets, targets: Tensor, num_items: int | Tensor) -> LossRequest:
+        return LossRequest(
+            targets, num_items=num_items, vocab_size=self.vocab_size, tail=self.tail,
+            return_metrics=not isinstance(teacher, CompressedLogits),
         )  # fmt: skip
-        return _divergence_parts(total, metrics, num_items, ce if ce_weight != 0.0 else None, ce_weight)
 
 
 def _divergence_parts(

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distillm_ext.checks.sides import LossRequest
 from distillm_ext.containers import LinearHead
 from distillm_ext.data.rows.origin import name_row, origin_of
 from distillm_ext.functional import distillation_loss
-from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
+from distillm_ext.linear import linear_cross_entropy_loss, linear_loss
 from distillm_ext.models.logit_reader import StudentOutput, Targets, head_logits
+from distillm_ext.ops.divergence import DivergenceOptions
 
 
 def token_losses(
@@ -41,10 +43,8 @@ def token_losses(
     if not isinstance(teacher, LinearHead):
         teacher = teacher.to(student.hidden.device)
     whole = vocab_size in (None, student.weight.shape[0])
-    divergence, ce, _ = linear_distillation_parts(
-        student, teacher, targets, divergence="forward_kl", reduction="none", vocab_size=vocab_size, need_ce=whole,
-        tail=tail,
-    )  # fmt: skip
+    request = LossRequest(targets, reduction="none", vocab_size=vocab_size, tail=tail)
+    divergence, ce, _ = linear_loss(student, teacher, DivergenceOptions("forward_kl"), request, need_ce=whole)
     return ce if whole else linear_cross_entropy_loss(student, targets, reduction="none"), divergence
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .divergence import loss_dtype
-from .linear_call import LinearDivergenceCall
+from ..divergence import loss_dtype
+from .call import LinearDivergenceCall
 
 # Vocabulary entries whose part of a weight gradient is formed at once where it has to be converted.
 _TILE = 4096
@@ -36,46 +36,46 @@ class Gradients:
     def __init__(self, call: LinearDivergenceCall, original: LinearDivergenceCall, accumulate: Accumulate) -> None:
         self.call, self.original, self.accumulate = call, original, accumulate
         self.needed = not call.per_row and (call.need_hidden or call.need_weight or call.need_bias)
-        self.hidden, self.weight, self.bias = (call.hidden.new_empty(0) for _ in range(3))
+        head, whole = call.student, original.student.weight.shape
+        self.hidden, self.weight, self.bias = (head.hidden.new_empty(0) for _ in range(3))
         if not self.needed:
             return
         wide = loss_dtype(call.dtype)
         if call.need_hidden:
-            self.hidden = torch.empty_like(call.hidden, memory_format=torch.contiguous_format)
+            self.hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format)
         if call.need_weight:
-            whole = original.weight.shape
             # The first chunk writes what it covers.
-            covered = call.hidden.shape[0] > 0 and call.weight.shape[0] == whole[0]
-            make = call.weight.new_empty if covered else call.weight.new_zeros
+            covered = head.hidden.shape[0] > 0 and head.weight.shape[0] == whole[0]
+            make = head.weight.new_empty if covered else head.weight.new_zeros
             self.weight = make(whole, dtype=wide)
         if call.need_bias:
-            self.bias = call.weight.new_zeros(original.weight.shape[0], dtype=wide)
+            self.bias = head.weight.new_zeros(whole[0], dtype=wide)
 
     def add(self, part: slice, gradient: Tensor) -> None:
         """Takes the gradient [n, V] of the logits of rows `part`."""
-        call, vocab = self.call, gradient.shape[1]
+        call, head, vocab = self.call, self.call.student, gradient.shape[1]
         if call.need_hidden:
-            self.hidden[part].addmm_(gradient, call.weight, beta=0, alpha=call.scale)
+            self.hidden[part].addmm_(gradient, head.weight, beta=0, alpha=head.scale)
         if call.need_bias:
-            self.bias[:vocab].add_(gradient.sum(0, dtype=self.bias.dtype), alpha=call.scale)
+            self.bias[:vocab].add_(gradient.sum(0, dtype=self.bias.dtype), alpha=head.scale)
         if not call.need_weight:
             return
-        hidden, first = call.hidden[part], part.start == 0
+        hidden, first = head.hidden[part], part.start == 0
         if self.weight.dtype == gradient.dtype:
-            self.weight[:vocab].addmm_(gradient.t(), hidden, beta=0 if first else 1, alpha=call.scale)
+            self.weight[:vocab].addmm_(gradient.t(), hidden, beta=0 if first else 1, alpha=head.scale)
             return
         for begin in range(0, vocab, _TILE):
             tile = slice(begin, min(begin + _TILE, vocab))
-            self.accumulate(self.weight[tile], gradient[:, tile], hidden, call.scale, first)
+            self.accumulate(self.weight[tile], gradient[:, tile], hidden, head.scale, first)
 
     def result(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """In the shapes of hidden, weight and bias, [0] where not needed, and their dtypes but for `stored_dtype`."""
-        original, call = self.original, self.call
-        hidden = self.hidden.to(original.hidden.dtype)
-        if self.needed and call.need_hidden:
-            hidden = spread(hidden, rows, original.hidden.shape[0])
-        bias_dtype = original.weight.dtype if original.bias is None else original.bias.dtype
-        return hidden, self.weight.to(stored_dtype(original.weight.dtype)), self.bias.to(stored_dtype(bias_dtype))
+        hidden, weight, bias = self.original.student[:3]
+        bias_dtype = weight.dtype if bias is None else bias.dtype
+        found = self.hidden.to(hidden.dtype)
+        if self.needed and self.call.need_hidden:
+            found = spread(found, rows, hidden.shape[0])
+        return found, self.weight.to(stored_dtype(weight.dtype)), self.bias.to(stored_dtype(bias_dtype))
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
