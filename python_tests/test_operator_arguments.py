@@ -10,7 +10,8 @@ from distillm_ext.containers import LinearHead
 from distillm_ext.ops.divergence import DivergenceOptions, RowSides
 from distillm_ext.ops.linear.call import HeadRows, LinearDivergenceCall, flatten, unflatten
 from distillm_ext.ops.sparse_divergence import CompressedRows
-from distillm_ext.training.objectives import DivergenceObjective, configured_options
+from distillm_ext.training.makers import configured_options
+from distillm_ext.training.objectives import DivergenceObjective
 
 OPTIONS = DivergenceOptions("skew_kl", 0.2, 0.3, 1.5, 0.4, 7, True)
 SIDES = RowSides(torch.arange(2), torch.rand(2), torch.rand(2), torch.rand(2))
