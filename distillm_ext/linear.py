@@ -18,7 +18,7 @@ from .checks.sides import LossRequest, row_sides
 from .compressed_logits import CompressedLogits
 from .containers import DivergenceMetrics, LinearHead, TeacherHead
 from .ops.divergence import CROSS_ENTROPY, DivergenceOptions
-from .ops.linear.call import HeadRows, LinearDivergenceCall, over_tensors
+from .ops.linear.call import HeadRows, LinearDivergenceCall
 from .ops.linear.operator import linear_divergence
 from .ops.sparse_divergence import CompressedRows
 
@@ -208,7 +208,8 @@ def _teacher_rows(teacher: LinearHead | Tensor | None) -> HeadRows | Tensor | No
         return None
     if isinstance(teacher, Tensor):
         return teacher.detach().reshape(-1, teacher.shape[-1])
-    return over_tensors(_head_rows(teacher), Tensor.detach)
+    hidden, weight, bias, scale, softcap = _head_rows(teacher)
+    return HeadRows(hidden.detach(), weight.detach(), None if bias is None else bias.detach(), scale, softcap)
 
 
 def _needs(x: Tensor | None) -> bool:

@@ -29,27 +29,32 @@ def checked_compressed(
     """The teacher, checked and flattened for the operator. `like`: as in `checks.sides.row_sides`, of the student."""
     if request.return_metrics:
         raise ValueError("return_metrics needs the teacher's logits; CompressedLogits do not determine its entropy.")
-    tail, vocab_size = request.tail, request.vocab_size
     _check_container(teacher, like.shape[:-1], like.device)
-    _check_form(teacher, options, tail)
-    at = _temperature_index(teacher, options.temperature)
-    wide = loss_dtype(like.dtype)
+    _check_form(teacher, options, request.tail)
+    at, vocab_size = _temperature_index(teacher, options.temperature), request.vocab_size
+    if vocab_size is None:
+        check_vocabularies(options, student_vocab, teacher.vocab_size)
+    else:
+        check_vocab_size(vocab_size, min(student_vocab, teacher.vocab_size))
+    rows = _rows(teacher, at, request.tail, loss_dtype(like.dtype))
+    if vocab_size is None or vocab_size == teacher.vocab_size:
+        return rows
+    return _cut(rows, vocab_size, options.temperature)
+
+
+def _rows(teacher: CompressedLogits, at: int, tail: str, dtype: torch.dtype) -> CompressedRows:
+    """The positions as rows, at the temperature of index `at`; a row that is not valid gets a NaN."""
     k = teacher.ids.shape[-1]
     log_norm = teacher.log_norm[..., at].masked_fill(~teacher.valid, torch.nan)
-    rows = CompressedRows(
+    return CompressedRows(
         teacher.ids.reshape(-1, k),
-        teacher.logprobs.detach().reshape(-1, k).to(wide),
-        log_norm.detach().reshape(-1).to(wide),
-        teacher.tail_logprob[..., at].detach().reshape(-1).to(wide),
+        teacher.logprobs.detach().reshape(-1, k).to(dtype),
+        log_norm.detach().reshape(-1).to(dtype),
+        teacher.tail_logprob[..., at].detach().reshape(-1).to(dtype),
         teacher.counts.reshape(-1, k) if tail == "sampled" and teacher.counts is not None else None,
         tail,
         teacher.vocab_size,
     )
-    if vocab_size is None:
-        check_vocabularies(options, student_vocab, teacher.vocab_size)
-        return rows
-    check_vocab_size(vocab_size, min(student_vocab, teacher.vocab_size))
-    return _cut(rows, vocab_size, options.temperature) if vocab_size < teacher.vocab_size else rows
 
 
 def _check_container(teacher: CompressedLogits, positions: torch.Size, device: torch.device) -> None:
