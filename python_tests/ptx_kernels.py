@@ -190,7 +190,7 @@ def launch_divergence(
 
 @dataclass(frozen=True)
 class Plan:
-    """struct DivergencePlan of csrc/cuda/divergence_plan.h."""
+    """struct DivergencePlan of csrc/cuda/divergence/divergence_plan.h."""
 
     cluster: int
     threads: int
@@ -214,7 +214,7 @@ def most_blocks_of_cluster(arch: str, clusters: bool) -> int:
 
 
 def plan_launch(case: DivergenceCase, arch: str, clusters: bool = True) -> Plan:
-    """What csrc/cuda/divergence.cu chooses on a device of this architecture."""
+    """What csrc/cuda/divergence/divergence.cu chooses on a device of this architecture."""
     module = divergence_module(arch, case.divergence, case.student, case.teacher)
     block, multiprocessor = (1024 * kilobytes for kilobytes in SHARED_KILOBYTES[architecture(arch)])
     static = module.kernel_info("divergence_kernel")["static_shared"]

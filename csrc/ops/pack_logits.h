@@ -1,13 +1,13 @@
 // Contract of the operators `pack_logits` and `unpack_logits`, shared by both backends: compressed logits of R
-// positions to and from packed records (csrc/math/record.h).
+// positions to and from packed records (csrc/math/records/record.h).
 //
 //   ids [R, k] int32; logprobs [R, k], log_norm [R, T], tail_logprob [R, T], label_logprob [R] float32; valid [R] bool;
 //   counts [R, k] int32; label_logprob and counts may be absent.
 //   packed [R, bytes] uint8, bytes as the other arguments decide. Unpacking gives empty tensors for what is absent.
 #pragma once
 
-#include "../math/record_checks.h"
-#include "../math/record_row.h"
+#include "../math/records/record_checks.h"
+#include "../math/records/record_row.h"
 #include "divergence.h"
 
 namespace distillm {

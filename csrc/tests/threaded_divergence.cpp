@@ -5,8 +5,8 @@
 #include <thread>
 #include <vector>
 
-#include "../cpu/instruction_set.h"
-#include "../cpu/row_kernels.h"
+#include "../cpu/instruction_sets/instruction_set.h"
+#include "../cpu/instruction_sets/row_kernels.h"
 #include "check.h"
 
 using namespace distillm;
