@@ -1,7 +1,7 @@
 """The losses as people write them in PyTorch: the fastest plain formula, not the most careful one.
 
 log-softmax of both sides in float32, probabilities by exp, mixtures in probability space (so they underflow where
-`distillm_ext.reference` does not). Mean over rows.
+`distillm_ext.reference.dense` does not). Mean over rows.
 """
 
 from __future__ import annotations

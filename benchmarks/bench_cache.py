@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from harness import Row, environment, publish
 
-from distillm_ext import _codec
+from distillm_ext import _codec  # noqa: PLC2701  (the compiled codec, imported without torch)
 from distillm_ext.packing import CODECS, record_bytes
 from distillm_ext.teacher import CacheSpec, CacheWriter, CompressionSettings, TeacherCache, finish_cache
 

@@ -22,7 +22,7 @@ import torch
 from bench_divergence import with_gradient
 
 from distillm_ext import compress_logits, distillation_loss
-from distillm_ext.sparse import SPARSE_DIVERGENCES
+from distillm_ext.checks.compressed import SPARSE_DIVERGENCES
 
 VOCABULARIES = (32000, 50257, 128256, 151936)
 

@@ -29,9 +29,9 @@ from transformers.utils import logging as transformers_logging
 
 from distillm_ext.demo.tiny import make_tiny_world, teacher_config, train_teacher
 from distillm_ext.evaluation.metrics import evaluate_student
+from distillm_ext.runs.capture import CaptureSettings, Processes, capture
+from distillm_ext.runs.settings import DatasetSettings
 from distillm_ext.training import DistillationConfig, DistillationTrainer, prepare_dataset
-from distillm_ext.training.capture_job import CaptureSettings, Processes, capture
-from distillm_ext.training.settings import DatasetSettings
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = dict(max_prompt_length=32, max_length=64)

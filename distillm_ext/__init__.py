@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compressed_logits import CompressedLogits
     from .compression import capture_from_hidden, compress_logits
-    from .containers import CompressedLogits, DivergenceMetrics, SampledTokens, TeacherHead
+    from .containers import DivergenceMetrics, SampledTokens, TeacherHead
     from .functional import (
         DIVERGENCES,
         alpha_beta_loss,
@@ -46,7 +47,8 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 _HOME = {
-    "containers": ("CompressedLogits", "DivergenceMetrics", "SampledTokens", "TeacherHead"),
+    "compressed_logits": ("CompressedLogits",),
+    "containers": ("DivergenceMetrics", "SampledTokens", "TeacherHead"),
     "compression": ("capture_from_hidden", "compress_logits"),
     "linear": ("linear_distillation_loss",),
     "functional": (

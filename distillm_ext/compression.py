@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ._codec import MAX_K
-from .containers import CompressedLogits, LinearHead
-from .containers_compressed import METHODS
-from .linear_checks import _check_head, checked_chunk
+from .checks.heads import _check_head, checked_chunk
+from .compressed_logits import METHODS, CompressedLogits
+from .containers import LinearHead
 from .ops.extension import require_backend
 from .ops.linear_chunks import MIN_CHUNK_ROWS, project
 from .ops.topk_logits import TopkLogits, topk_logits
@@ -66,7 +66,7 @@ def compress_logits(
         >>> compressed = compress_logits(logits, k=64, temperatures=(1.0, 2.0))
         >>> drawn = compress_logits(logits, k=24, method="sample", position=torch.arange(16).view(2, 8))
     """
-    _check_logits(logits)
+    check_logits(logits)
     shape, device = logits.shape[:-1], logits.device
     _check_k(k, logits.shape[-1])
     temperatures = checked_temperatures(temperatures)
@@ -174,7 +174,7 @@ def _compressed(
     return flat.reshape(*shape)
 
 
-def _check_logits(logits: Tensor) -> None:
+def check_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}.")
     if logits.dtype not in _DTYPES or (logits.dtype == torch.float64 and logits.device.type == "cuda"):

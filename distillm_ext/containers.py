@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .containers_compressed import CompressedLogits
-
-__all__ = ["CompressedLogits", "DivergenceMetrics", "LinearHead", "SampledTokens", "TeacherHead"]
+__all__ = ["DivergenceMetrics", "LinearHead", "SampledTokens", "TeacherHead"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,25 +10,26 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .arguments import (
-    _cap_tensor,
-    _check_inplace,
-    _check_logits,
-    _check_tail,
-    _check_vocab_size,
-    _check_vocabularies,
-    _deferred_weight,
-    _row_weight,
-    _rows_of,
+from .checks.compressed import checked_compressed
+from .checks.logits import (
+    SideRows,
+    cap_tensor,
+    check_inplace,
+    check_logits,
+    check_tail,
+    check_vocab_size,
+    check_vocabularies,
+    deferred_weight,
+    weight_of_rows,
 )
-from .containers import CompressedLogits, DivergenceMetrics
+from .checks.options import DIVERGENCES as DIVERGENCES
+from .checks.options import check_powers, checked_options
+from .compressed_logits import CompressedLogits
+from .containers import DivergenceMetrics
 from .ops.divergence import DivergenceOptions, RowSides, loss_dtype
 from .ops.divergence import divergence as divergence_op
 from .ops.divergence_inplace import divergence_inplace
 from .ops.sparse_divergence import CompressedRows, sparse_divergence
-from .options import DIVERGENCES as DIVERGENCES
-from .options import check_powers, checked_options
-from .sparse import checked_compressed
 
 
 class _Request(NamedTuple):
@@ -166,8 +167,8 @@ def distillation_loss(  # type: ignore[misc]
         >>> loss = distillation_loss(student_logits, teacher_logits, labels, divergence="skew_kl", alpha=0.1)
         >>> loss.backward()
     """
-    _check_logits(student_logits, student_logits if isinstance(teacher, CompressedLogits) else teacher)
-    _check_tail(tail, compressed=isinstance(teacher, CompressedLogits))
+    check_logits(student_logits, student_logits if isinstance(teacher, CompressedLogits) else teacher)
+    check_tail(tail, compressed=isinstance(teacher, CompressedLogits))
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
     check_powers(options, alpha, student_logits.dtype)
     if ce_weight != 0 and labels is None:
@@ -175,19 +176,19 @@ def distillation_loss(  # type: ignore[misc]
     teacher_rows = _checked_teacher(student_logits, teacher, options, tail, vocab_size, return_metrics)
     inplace = inplace and torch.is_grad_enabled()
     if inplace:
-        _check_inplace(student_logits, teacher)
+        check_inplace(student_logits, teacher)
     shape = student_logits.shape[:-1]
-    rows = _rows_of(student_logits, loss_dtype(student_logits.dtype))
+    rows = SideRows(student_logits, loss_dtype(student_logits.dtype))
     flat_labels, flat_weight = rows(labels, "labels", integer=True), rows(weight, "weight")
-    row_weight, deferred = _deferred_weight(
-        _row_weight(flat_weight, flat_labels, shape, student_logits, reduction, num_items, ignore_index),
+    row_weight, deferred = deferred_weight(
+        weight_of_rows(flat_weight, flat_labels, shape, student_logits, reduction, num_items, ignore_index),
         student_logits.dtype,
     )
     sides = RowSides(
         flat_labels,
         row_weight,
         rows(alpha if isinstance(alpha, Tensor) else None, "alpha"),
-        rows(_cap_tensor(cap, student_logits), "cap"),
+        rows(cap_tensor(cap, student_logits), "cap"),
     )
     request = _Request(vocab_size or 0, inplace, return_metrics)
     row_losses, metrics = _row_losses(student_logits, teacher_rows, sides, options, request)
@@ -219,9 +220,9 @@ def _checked_teacher(
             teacher, options, tail, student.shape[:-1], student.shape[-1], vocab_size, student.dtype, student.device
         )
     if vocab_size is not None:
-        _check_vocab_size(vocab_size, min(student.shape[-1], teacher.shape[-1]))
+        check_vocab_size(vocab_size, min(student.shape[-1], teacher.shape[-1]))
     else:
-        _check_vocabularies(options, student.shape[-1], teacher.shape[-1])
+        check_vocabularies(options, student.shape[-1], teacher.shape[-1])
     return _as_rows(teacher.detach())
 
 

@@ -10,14 +10,15 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .arguments import _cap_tensor, _check_tail, _row_weight, _rows_of
-from .containers import CompressedLogits, DivergenceMetrics, LinearHead, TeacherHead
-from .linear_checks import check_devices, checked_chunk, checked_rows, checked_sides
+from .checks.compressed import checked_compressed
+from .checks.heads import check_devices, checked_chunk, checked_rows, checked_sides
+from .checks.logits import SideRows, cap_tensor, check_tail, weight_of_rows
+from .checks.options import check_powers, checked_options
+from .compressed_logits import CompressedLogits
+from .containers import DivergenceMetrics, LinearHead, TeacherHead
 from .ops.divergence import DivergenceOptions, RowSides, loss_dtype, row_count
 from .ops.linear_call import LinearDivergenceCall
 from .ops.linear_divergence import linear_divergence
-from .options import check_powers, checked_options
-from .sparse import checked_compressed
 
 
 class LinearParts(NamedTuple):
@@ -137,7 +138,7 @@ def linear_distillation_loss(  # type: ignore[misc]
         raise TypeError("teacher must be a TeacherHead, CompressedLogits or a tensor of logits, got NoneType.")
     student = LinearHead(student_hidden, student_weight, student_bias, logit_softcap, logit_scale)
     options = checked_options(divergence, alpha, beta, temperature, ce_weight, ignore_index, detach_mixture)
-    _check_tail(tail, isinstance(teacher, CompressedLogits))
+    check_tail(tail, isinstance(teacher, CompressedLogits))
     parts = _linear_loss(
         student, teacher, options, labels, tail=tail, weight=weight, alpha=alpha, cap=cap, rows=rows,
         reduction=reduction, num_items=num_items, vocab_size=vocab_size, chunk_rows=chunk_rows,
@@ -242,15 +243,15 @@ def _row_sides(
     ignore_index: int,
 ) -> RowSides:
     """Labels, weights, alpha and cap of the rows, as the operator takes them."""
-    flat = _rows_of(like, loss_dtype(like.dtype))
+    flat = SideRows(like, loss_dtype(like.dtype))
     flat_labels, flat_weight = flat(labels, "labels", integer=True), flat(weight, "weight")
     if rows is not None:
         flat_weight = _only(checked_rows(rows, row_count(like.shape[:-1])), flat_weight, like)
     return RowSides(
         flat_labels,
-        _row_weight(flat_weight, flat_labels, like.shape[:-1], like, reduction, num_items, ignore_index),
+        weight_of_rows(flat_weight, flat_labels, like.shape[:-1], like, reduction, num_items, ignore_index),
         flat(alpha if isinstance(alpha, Tensor) else None, "alpha"),
-        flat(_cap_tensor(cap, like), "cap"),
+        flat(cap_tensor(cap, like), "cap"),
     )
 
 

@@ -37,7 +37,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .containers_compressed import METHODS, CompressedLogits
+from .compressed_logits import METHODS, CompressedLogits
 from .ops import pack_logits as ops
 from .ops.extension import require_backend
 

@@ -12,7 +12,7 @@ from .containers import SampledTokens
 from .ops.extension import require_backend
 from .ops.sample_tokens import sample_tokens as sample_tokens_op
 
-_LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_VOCABULARY = (1 << 20) - 1  # sums of 44-bit masses fit 64 bits
 _LEAST_INT64, _LARGEST_INT64 = -(1 << 63), (1 << 63) - 1
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -77,7 +77,7 @@ def sample_tokens(
         >>> drawn.tokens.shape
         torch.Size([4])
     """
-    _check_logits(logits)
+    check_logits(logits)
     outputs = sample_tokens_op(
         logits.detach(),
         temperature=_real(temperature, "temperature", logits, "finite and >= 0", lambda x: 0 <= x < math.inf),
@@ -95,10 +95,10 @@ def sample_tokens(
     return SampledTokens(*outputs)
 
 
-def _check_logits(logits: Tensor) -> None:
+def check_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}.")
-    if logits.dtype not in _LOGIT_DTYPES:
+    if logits.dtype not in LOGIT_DTYPES:
         raise TypeError(f"logits must be float32, bfloat16 or float16, got {logits.dtype}.")
     if logits.dim() != 2 or not 1 <= logits.shape[1] <= _MAX_VOCABULARY:
         raise ValueError(

@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from distillm_ext.demo.tiny import make_tokenizer, write_rows
-from distillm_ext.training.capture_job import CaptureSettings, Processes, capture
-from distillm_ext.training.settings import DatasetSettings
+from distillm_ext.runs.capture import CaptureSettings, Processes, capture
+from distillm_ext.runs.settings import DatasetSettings
 
 LENGTHS = dict(max_prompt_length=24, max_length=40)
 

@@ -1,6 +1,6 @@
 """The divergences in float64 NumPy, row by row and straight from their definitions: what the CUDA kernels must give.
 
-Written apart from the kernels and from distillm_ext.reference: log-probabilities throughout, no shared helper.
+Written apart from the kernels and from distillm_ext.reference.dense: log-probabilities throughout, no shared helper.
 """
 
 from __future__ import annotations

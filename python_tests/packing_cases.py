@@ -7,8 +7,11 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from distillm_ext import CompressedLogits, _codec
-from distillm_ext.reference_compression import compress_logits_reference
+from distillm_ext import (
+    CompressedLogits,
+    _codec,  # noqa: PLC2701  (the compiled codec, imported without torch)
+)
+from distillm_ext.reference.compression import compress_logits_reference
 
 BITS = {"q4": 4, "q6": 6, "q8": 8}
 CODECS = ("q4", "q6", "q8", "fp16", "exact")

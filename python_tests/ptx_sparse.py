@@ -13,9 +13,9 @@ from ptxsim.module import MAX_SHARED
 from sparse_cases import edited
 
 from distillm_ext import CompressedLogits
-from distillm_ext.options import DEFAULT_ALPHA, DEFAULT_BETA, TAILS
-from distillm_ext.reference_sparse import per_token_sparse_divergence
-from distillm_ext.sparse import SAMPLED_DIVERGENCES, SPARSE_DIVERGENCES
+from distillm_ext.checks.compressed import SAMPLED_DIVERGENCES, SPARSE_DIVERGENCES
+from distillm_ext.checks.options import DEFAULT_ALPHA, DEFAULT_BETA, TAILS
+from distillm_ext.reference.sparse import per_token_sparse_divergence
 
 
 @dataclass

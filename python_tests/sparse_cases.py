@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from distillm_ext import CompressedLogits, distillation_loss
-from distillm_ext.options import TAILS
-from distillm_ext.reference_compression import compress_logits_reference
-from distillm_ext.reference_sparse import per_token_sparse_divergence
-from distillm_ext.sparse import SAMPLED_DIVERGENCES, SPARSE_DIVERGENCES
+from distillm_ext.checks.compressed import SAMPLED_DIVERGENCES, SPARSE_DIVERGENCES
+from distillm_ext.checks.options import TAILS
+from distillm_ext.reference.compression import compress_logits_reference
+from distillm_ext.reference.sparse import per_token_sparse_divergence
 
 TEMPERATURES = (1.0, 2.5)
 FORMS = [(name, tail) for name in SPARSE_DIVERGENCES for tail in TAILS if tail != "sampled"]

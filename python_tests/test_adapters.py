@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 from transformers import T5ForConditionalGeneration as T5
 
 from distillm_ext.models.loading import load_student, load_teacher, load_tokenizer
-from distillm_ext.training.job import load_models
-from distillm_ext.training.settings import settings_from_dict
+from distillm_ext.runs.job import load_models
+from distillm_ext.runs.settings import settings_from_dict
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from distillm_ext.cli.main import app
 from distillm_ext.demo.tiny import write_rows
+from distillm_ext.runs.capture import Processes, capture
 from distillm_ext.teacher import CacheMismatch, TeacherCache
 from distillm_ext.training import DistillationTrainer
-from distillm_ext.training.capture_job import Processes, capture
 
 SETTINGS = dict(max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, **LENGTHS)
 

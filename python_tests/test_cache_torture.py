@@ -16,7 +16,7 @@ import pytest
 from cache_world import SPECS
 
 from distillm_ext.teacher import CacheDamaged, CacheError, TeacherCache, finish_cache
-from distillm_ext.teacher.manifest import MANIFEST, _checksum
+from distillm_ext.teacher.manifest import MANIFEST, manifest_checksum
 
 ROWS = 30
 
@@ -125,7 +125,7 @@ def test_other_versions(tmp_path, change, words):
     file = tmp_path / MANIFEST
     body = {**json.loads(file.read_text()), **change}
     body.pop("checksum")
-    file.write_text(json.dumps({**body, "checksum": _checksum(body)}))
+    file.write_text(json.dumps({**body, "checksum": manifest_checksum(body)}))
     with pytest.raises(CacheError, match=words):
         TeacherCache.open(tmp_path)
 

@@ -14,13 +14,13 @@ from tiers import full
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_ext import compress_logits
+from distillm_ext.models.frozen_teacher import ModelTeacher
+from distillm_ext.runs import capture as capture_job
+from distillm_ext.runs.capture import Processes, capture, token_rows
+from distillm_ext.runs.capture_rows import CaptureCount
 from distillm_ext.teacher import CacheMismatch, CacheWriter, TeacherCache
-from distillm_ext.teacher.capture import CaptureCount
 from distillm_ext.teacher.keys import draw_positions, sequence_key
 from distillm_ext.teacher.manifest import Manifest
-from distillm_ext.training import capture_job
-from distillm_ext.training.capture_job import Processes, capture, token_rows
-from distillm_ext.training.teacher import ModelTeacher
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from data_world import TALK, make_bpe
 
-from distillm_ext.training.chat import split_response
-from distillm_ext.training.row_checks import RowError
-from distillm_ext.training.row_tokens import RowTokenizer
+from distillm_ext.data.chat.templates import split_response
+from distillm_ext.data.row_tokens import RowTokenizer
+from distillm_ext.data.rows.checks import RowError
 
 _TRL = importlib.util.find_spec("trl")
 FILES = sorted((Path(_TRL.submodule_search_locations[0]) / "chat_templates").glob("*.jinja")) if _TRL else []

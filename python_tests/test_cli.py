@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tiers import full
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distillm_ext.runs.settings import load_settings
 from distillm_ext.training import validation
-from distillm_ext.training.settings import load_settings
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_stopped_run_resumes_to_the_same_weights(world, tmp_path, sent):
 
 
 def test_interrupt_saves_the_step_it_finishes(config, tmp_path, monkeypatch):
-    from distillm_ext.training.progress import ProgressBar
+    from distillm_ext.runs.progress import ProgressBar
 
     def interrupt(self, args, state, control, **kwargs):
         if state.global_step == 3:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from cli_world import ROOT, settings_text, write_settings, write_world
 
-from distillm_ext.training.coercion import CoercionError, coerce
-from distillm_ext.training.settings import SettingsError, load_settings
+from distillm_ext.runs.coercion import CoercionError, coerce
+from distillm_ext.runs.settings import SettingsError, load_settings
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import torch
 from datasets import Dataset
 from trainer_world import tiny_tokenizer
 
-from distillm_ext.training.collators import DistillationCollator
-from distillm_ext.training.plain_text import PlainTextBatches, pack_text
+from distillm_ext.data.batches import DistillationCollator
+from distillm_ext.data.plain_text import PlainTextBatches, pack_text
 
 
 def feature(ids, mask, row=0):

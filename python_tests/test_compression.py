@@ -5,10 +5,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch.utils import _pytree as pytree
+from torch.utils import _pytree as pytree  # noqa: PLC2701  (torch has no public name for it)
 
 from distillm_ext import CompressedLogits, capture_from_hidden, compress_logits
-from distillm_ext.reference_compression import compress_logits_reference, philox4x32
+from distillm_ext.reference.compression import compress_logits_reference, philox4x32
 
 FIELDS = ("ids", "logprobs", "log_norm", "tail_logprob", "label_logprob", "valid", "counts")
 

@@ -9,7 +9,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from distillm_ext.functional import DIVERGENCES
 from distillm_ext.training import DistillationConfig
-from distillm_ext.training.policies import POLICIES
+from distillm_ext.training.rollouts.policies import POLICIES
 
 OWN_FIELDS = [
     field for field in dataclasses.fields(DistillationConfig)

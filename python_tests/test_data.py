@@ -9,7 +9,7 @@ from data_world import CHATML, MARKED, TALK, make_bpe, prepare, targets
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from distillm_ext.training.data import prepare_dataset
+from distillm_ext.data.tokenise import prepare_dataset
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from data_world import CHATML, TALK, make_bpe, prepare, targets
 from datasets import Dataset, DatasetDict
 
-from distillm_ext.training.plain_text import pack_text
-from distillm_ext.training.rows import load_rows
+from distillm_ext.data.plain_text import pack_text
+from distillm_ext.data.rows.loading import load_rows
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from transformers import GenerationConfig
 
 from distillm_ext import sample_tokens
 from distillm_ext.generation import SamplingParams, generate
-from distillm_ext.generation import decode as decode_module
-from distillm_ext.generation.flags import FinishedFlags
+from distillm_ext.generation.loop import decode as decode_module
+from distillm_ext.generation.loop.progress import FinishedFlags
 
 GREEDY = SamplingParams(temperature=0)
 SMALL = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3,

@@ -13,11 +13,11 @@ from tiers import full
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_ext.cli.tables import report_progress
-from distillm_ext.demo.plan import load_plan
 from distillm_ext.demo.run import CONTROL, DISTILLED, START, TEACHER, Demo, World, write_world_rows
+from distillm_ext.demo.settings import load_plan
 from distillm_ext.demo.tiny import make_tiny_world, make_tokenizer, train_teacher, write_rows
 from distillm_ext.demo.worlds import alpaca_messages, tiny_world
-from distillm_ext.training.settings import SettingsError, load_settings
+from distillm_ext.runs.settings import SettingsError, load_settings
 
 # ---- the tiny world
 

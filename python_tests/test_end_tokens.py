@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from distillm_ext.evaluation.metrics import evaluate_student
 from distillm_ext.generation.ends import SCANNED_ROWS, end_token_ids, name_ends
-from distillm_ext.training.checkpoint import load_state
+from distillm_ext.training.checkpoints.folders import load_state
 
 TURN = 3  # named "<unk>" by the tests' tokenizer; here it is made the end of a turn
 

@@ -138,7 +138,7 @@ def test_vllm_requests(vllm):
 
 
 def test_vllm_takes_weights_in_parts(vllm, monkeypatch):
-    monkeypatch.setattr("distillm_ext.generation.vllm._PART_BYTES", 4096)
+    monkeypatch.setattr("distillm_ext.generation.engines.vllm._PART_BYTES", 4096)
     engine, model = VllmEngine("folder"), tiny_model(1)
     parts = []
     apply_model = engine.llm.apply_model

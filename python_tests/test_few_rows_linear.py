@@ -5,7 +5,7 @@ import torch
 from few_rows_cases import DTYPES, assert_exact, operands
 from torch import nn
 
-from distillm_ext.generation.linears import MOST_ROWS, few_rows_linears
+from distillm_ext.generation.loop.linears import MOST_ROWS, few_rows_linears
 from distillm_ext.ops.few_rows_linear import few_rows_linear
 
 
@@ -76,7 +76,7 @@ class Doubled(nn.Linear):
 
 def test_layers_take_the_kernel_and_are_given_back(monkeypatch):
     calls = []
-    monkeypatch.setattr("distillm_ext.generation.linears.few_rows_linear",
+    monkeypatch.setattr("distillm_ext.generation.loop.linears.few_rows_linear",
                         lambda *a: calls.append(len(a[0])) or few_rows_linear(*a))  # fmt: skip
     model = nn.Sequential(nn.Linear(8, 8), Doubled(8, 8), nn.Linear(8, 8).double(), nn.Linear(8, 4, bias=False))
     x = torch.randn(2, 3, 8)

@@ -7,9 +7,9 @@ import torch
 from trainer_world import tiny_model
 from transformers import DynamicCache, Lfm2Config, Llama4TextConfig, LlamaConfig, MistralConfig
 
-from distillm_ext.generation.cache import RowCache, column_mask, supports_rows
-from distillm_ext.generation.flags import FinishedFlags
-from distillm_ext.generation.plan import equal_length_groups, longest_first, prefill_groups
+from distillm_ext.generation.loop.batching import equal_length_groups, longest_first, prefill_groups
+from distillm_ext.generation.loop.cache import RowCache, column_mask, supports_rows
+from distillm_ext.generation.loop.progress import FinishedFlags
 
 
 def states(rows, count, seed):

@@ -9,7 +9,7 @@ from trainer_world import EOS, tiny_model
 from transformers import GenerationConfig
 
 from distillm_ext.generation import SamplingParams, generate
-from distillm_ext.generation.forward import CausalForward
+from distillm_ext.generation.loop.forward import CausalForward
 
 STATES = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8)
 LINEAR = dict(linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)

@@ -10,7 +10,7 @@ from test_decode import GREEDY, assert_rows, make, prompts
 from torch import nn
 
 from distillm_ext.generation import SamplingParams, generate
-from distillm_ext.generation.forward import CausalForward
+from distillm_ext.generation.loop.forward import CausalForward
 
 OPTIONS = dict(max_new_tokens=[6, 2, 5], eos_token_ids=())
 

@@ -9,9 +9,9 @@ from trainer_world import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distillm_ext.containers import TeacherHead
-from distillm_ext.training.heads import HeadTransform, LogitReader, TokenBatch, head_logits
-from distillm_ext.training.student import StudentForward, replaced_forward
-from distillm_ext.training.teacher import ModelTeacher
+from distillm_ext.models.frozen_teacher import ModelTeacher
+from distillm_ext.models.logit_reader import HeadTransform, LogitReader, TokenBatch, head_logits
+from distillm_ext.models.student_forward import StudentForward, replaced_forward
 
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -112,7 +112,7 @@ def test_fused_rows_are_the_heads_own(name):
     batches, seen = [make_batch(), make_batch(1)], []
     student, teacher = StudentForward(model, torch.enable_grad), ModelTeacher(model, device=torch.device("cpu"))
     student(model, batches, lambda rows: seen.extend(rows) or rows[0].hidden.sum(), fused=True)
-    for rows, batch in zip([*seen, teacher.rows(batches[0])], [*batches, batches[0]], strict=True):
+    for rows, batch in zip([*seen, teacher.outputs(batches[0])], [*batches, batches[0]], strict=True):
         assert rows.hidden.dim() == 2 and rows.weight is model.get_output_embeddings().weight
         torch.testing.assert_close(head_logits(rows), full_logits(model, batch))
 
@@ -172,7 +172,7 @@ def test_hooks_on_the_head_see_logits(fused):
     student, teacher = StudentForward(model, torch.enable_grad), ModelTeacher(model, device=torch.device("cpu"))
     student(model, [batch], lambda rows: seen.extend(rows) or rows[0].sum(), fused=fused)
     expected = full_logits(model, batch)
-    for rows in (*seen, teacher.rows(batch)):
+    for rows in (*seen, teacher.outputs(batch)):
         torch.testing.assert_close(rows, expected)
 
 
@@ -188,15 +188,15 @@ def test_a_head_that_does_not_fuse_gives_logits():
     model.lm_head.__class__ = OtherLinear
     student, teacher = StudentForward(model, torch.enable_grad), ModelTeacher(model, device=torch.device("cpu"))
     student(model, [batch], lambda rows: seen.extend(rows) or rows[0].sum(), fused=True)
-    for rows in (*seen, teacher.rows(batch)):
+    for rows in (*seen, teacher.outputs(batch)):
         torch.testing.assert_close(rows, full_logits(model, batch))
 
 
 def test_a_teacher_elsewhere_gives_logits():
     teacher = ModelTeacher(tiny_model(0), device=torch.device("cpu"))
-    assert isinstance(teacher.rows(make_batch()), TeacherHead)
+    assert isinstance(teacher.outputs(make_batch()), TeacherHead)
     teacher.device = torch.device("meta")
-    assert isinstance(teacher.rows(make_batch()), torch.Tensor)
+    assert isinstance(teacher.outputs(make_batch()), torch.Tensor)
 
 
 def test_unverified_splits_do_not_fuse():

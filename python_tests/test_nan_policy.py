@@ -22,7 +22,8 @@ from trainer_world import (
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from distillm_ext.training import load_rows, row_origin
+from distillm_ext.data.rows import origin as row_origin
+from distillm_ext.training import load_rows
 from distillm_ext.training.nan_policy import NanGuard, StepRecord
 
 RARE = 63

@@ -21,11 +21,11 @@ from trainer_world import logged
 from transformers import TrainerCallback
 
 from distillm_ext.models.loading import load_tokenizer
+from distillm_ext.runs.capture import token_rows
 from distillm_ext.teacher import CacheSpec, CacheWriter, CompressionSettings, TeacherCache, finish_cache
 from distillm_ext.teacher.keys import sequence_key
 from distillm_ext.teacher.manifest import Manifest
-from distillm_ext.training.capture_job import token_rows
-from distillm_ext.training.checkpoint import load_state
+from distillm_ext.training.checkpoints.folders import load_state
 
 FOLDER = Path(__file__).parent / "fixtures" / "3be6578"
 RECORDED = json.loads((FOLDER / "recorded.json").read_text())

@@ -8,9 +8,9 @@ import pytest
 from cli_world import run, settings_text, write_world
 
 from distillm_ext.paths import expand_path
+from distillm_ext.runs.settings import SettingsError, load_settings
 from distillm_ext.teacher import CacheError, TeacherCache
 from distillm_ext.training import DistillationConfig, load_rows
-from distillm_ext.training.settings import SettingsError, load_settings
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from distillm_ext.training.philox import Stream, uniform
-from distillm_ext.training.policies import POLICIES, Decision, Source, StepContext, make_policy
-from distillm_ext.training.schedule import PaperSchedule, ReferenceSchedule
+from distillm_ext.data.draws import Stream, uniform
+from distillm_ext.training.rollouts.policies import POLICIES, Decision, Source, StepContext, make_policy
+from distillm_ext.training.rollouts.schedule import PaperSchedule, ReferenceSchedule
 
 
 def context(draw, *, step=0, total=100, size=100, capacity=100, batch=4):

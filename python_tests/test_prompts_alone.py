@@ -9,8 +9,8 @@ from data_world import CHATML, TALK, make_bpe, prepare
 from datasets import Dataset
 from trainer_world import logged, tiny_config, tiny_tokenizer, tiny_trainer, token_rows, weights
 
-from distillm_ext.training.policies import POLICIES, reads_responses
-from distillm_ext.training.rows import load_rows
+from distillm_ext.data.rows.loading import load_rows
+from distillm_ext.training.rollouts.policies import POLICIES, reads_responses
 
 USER = [{"role": "user", "content": "w5 w6"}]
 TEXT = [{"prompt": f"w{4 + i} w{9 + i}"} for i in range(8)]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from distillm_ext.teacher.keys import draw_positions, sequence_key
 from distillm_ext.teacher.records import RecordStore
-from distillm_ext.training.checkpoint import write_tensors
+from distillm_ext.training.checkpoints.folders import write_tensors
 
 BYTES = 5
 COUNTS = (3, 1, 4, 2)

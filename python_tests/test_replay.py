@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from distillm_ext.training.replay import ReplayBuffer
-from distillm_ext.training.sequences import TokenSequence, pack_sequences, unpack_sequences
+from distillm_ext.data.sequences import TokenSequence, pack_sequences, unpack_sequences
+from distillm_ext.training.rollouts.replay import ReplayBuffer
 
 
 def sequences(*rows):

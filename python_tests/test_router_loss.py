@@ -10,9 +10,9 @@ from trainer_world import expected_gradients, first_step, logged, tiny_config, t
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from distillm_ext.containers import LinearHead
-from distillm_ext.training.heads import LogitReader, TokenBatch
-from distillm_ext.training.router_loss import OwnLoss
-from distillm_ext.training.student import StudentForward
+from distillm_ext.models.logit_reader import LogitReader, TokenBatch
+from distillm_ext.models.router_loss import OwnLoss
+from distillm_ext.models.student_forward import StudentForward
 
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,

@@ -13,7 +13,7 @@ import pytest
 from data_world import make_bpe, prepare
 from datasets import Dataset, load_from_disk
 
-from distillm_ext.training.rows import load_rows
+from distillm_ext.data.rows.loading import load_rows
 
 # Shows everything that a template can see of the messages; the end of the turn is text.
 SHOW = "{% for m in messages %}{{ m | tojson }}<|im_end|>{% endfor %}"

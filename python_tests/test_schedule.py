@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from distillm_ext.training.philox import Stream, derive_seed, generator, uniform
-from distillm_ext.training.schedule import SCHEDULES, PaperSchedule, ReferenceSchedule
+from distillm_ext.data.draws import Stream, derive_seed, generator, uniform
+from distillm_ext.training.rollouts.schedule import SCHEDULES, PaperSchedule, ReferenceSchedule
 
 
 @pytest.mark.parametrize("rule", SCHEDULES.values())

@@ -12,22 +12,24 @@ from capture_world import write_world
 from trainer_world import tiny_config
 from typer.testing import CliRunner
 
-from distillm_ext import _codec, compress_logits
-from distillm_ext._codec import MAX_K
+from distillm_ext import (
+    _codec,  # noqa: PLC2701  (the compiled codec, imported without torch)
+    compress_logits,
+)
 from distillm_ext.cli import capture as capture_command
 from distillm_ext.cli import evaluate as evaluate_command
 from distillm_ext.cli.main import app
-from distillm_ext.containers import CompressedLogits
-from distillm_ext.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
+from distillm_ext.compressed_logits import CompressedLogits
+from distillm_ext.data.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
+from distillm_ext.data.rows.loading import load_rows
+from distillm_ext.data.tokenise import prepare_dataset
 from distillm_ext.models.loading import load_tokenizer
 from distillm_ext.packing import record_bytes
+from distillm_ext.runs.capture import CaptureSettings
+from distillm_ext.runs.settings import DatasetSettings
 from distillm_ext.teacher import CompressionSettings, TeacherCache
 from distillm_ext.teacher.keys import sequence_key
 from distillm_ext.training import DistillationConfig
-from distillm_ext.training.capture_job import CaptureSettings
-from distillm_ext.training.data import prepare_dataset
-from distillm_ext.training.rows import load_rows
-from distillm_ext.training.settings import DatasetSettings
 
 # ---- entries kept
 
@@ -37,9 +39,11 @@ def capture_settings(tmp_path, **settings):
 
 
 def test_the_largest_k_is_legal_everywhere_and_one_more_is_refused_by_name(tmp_path):
-    assert tiny_config(tmp_path, reuse_teacher_logits="topk", reuse_k=MAX_K).reuse_k == MAX_K
-    assert capture_settings(tmp_path, k=MAX_K).k == MAX_K
-    assert CompressionSettings(50_000, MAX_K).record_bytes == record_bytes("q8", k=MAX_K, vocab_size=50_000)
+    assert tiny_config(tmp_path, reuse_teacher_logits="topk", reuse_k=_codec.MAX_K).reuse_k == _codec.MAX_K
+    assert capture_settings(tmp_path, k=_codec.MAX_K).k == _codec.MAX_K
+    assert CompressionSettings(50_000, _codec.MAX_K).record_bytes == record_bytes(
+        "q8", k=_codec.MAX_K, vocab_size=50_000
+    )
     refused = [
         (lambda k: tiny_config(tmp_path, reuse_k=k), "reuse_k: expected an int in"),
         (lambda k: capture_settings(tmp_path, k=k), "k: must be at most"),
@@ -49,11 +53,11 @@ def test_the_largest_k_is_legal_everywhere_and_one_more_is_refused_by_name(tmp_p
         (lambda k: compress_logits(torch.zeros(1, 50), k), "k must lie in"),
     ]
     for call, words in refused:
-        with pytest.raises(ValueError, match=f"{words}.*{MAX_K}.*{MAX_K + 1}"):
-            call(MAX_K + 1)
-    done = CliRunner().invoke(app, ["capture", "--out", str(tmp_path / "cache"), "--k", str(MAX_K + 1)])
+        with pytest.raises(ValueError, match=f"{words}.*{_codec.MAX_K}.*{_codec.MAX_K + 1}"):
+            call(_codec.MAX_K + 1)
+    done = CliRunner().invoke(app, ["capture", "--out", str(tmp_path / "cache"), "--k", str(_codec.MAX_K + 1)])
     text = re.sub(r"[^\w-]+", " ", re.sub(r"\x1b\[[\d;]*m", "", done.output))
-    assert done.exit_code == 2 and "--k" in text and str(MAX_K) in text
+    assert done.exit_code == 2 and "--k" in text and str(_codec.MAX_K) in text
 
 
 @pytest.mark.parametrize("vocab", [50, 6000])
@@ -61,18 +65,18 @@ def test_the_largest_k_is_legal_everywhere_and_one_more_is_refused_by_name(tmp_p
 def test_a_record_holds_the_largest_k(vocab, position):
     method = "topk" if position is None else "sample"
     logits = 2 * torch.randn(1, vocab, generator=torch.Generator().manual_seed(0))
-    found = compress_logits(logits, MAX_K, method=method, position=position)
-    back = CompressedLogits.unpack(found.pack("exact"), codec="exact", k=MAX_K, vocab_size=vocab, method=method)
-    assert found.ids.shape == (1, MAX_K) and torch.equal(back.ids, found.ids)
+    found = compress_logits(logits, _codec.MAX_K, method=method, position=position)
+    back = CompressedLogits.unpack(found.pack("exact"), codec="exact", k=_codec.MAX_K, vocab_size=vocab, method=method)
+    assert found.ids.shape == (1, _codec.MAX_K) and torch.equal(back.ids, found.ids)
     if position is None:
-        assert int((found.ids >= 0).sum()) == min(vocab, MAX_K)
+        assert int((found.ids >= 0).sum()) == min(vocab, _codec.MAX_K)
     else:
-        assert int(found.counts.sum()) == MAX_K and torch.equal(back.counts, found.counts)
+        assert int(found.counts.sum()) == _codec.MAX_K and torch.equal(back.counts, found.counts)
 
 
 def test_whole_rows_longer_than_a_record_can_be_kept():
-    logits = torch.randn(1, MAX_K + 1, generator=torch.Generator().manual_seed(0))
-    assert compress_logits(logits, MAX_K + 1).ids.sort().values.tolist() == [list(range(MAX_K + 1))]
+    logits = torch.randn(1, _codec.MAX_K + 1, generator=torch.Generator().manual_seed(0))
+    assert compress_logits(logits, _codec.MAX_K + 1).ids.sort().values.tolist() == [list(range(_codec.MAX_K + 1))]
 
 
 # ---- lengths
@@ -122,7 +126,7 @@ def test_a_capture_with_defaults_has_every_row_of_a_training_with_defaults(world
 
 
 def test_an_evaluation_cuts_rows_by_the_same_defaults(world, tmp_path, monkeypatch):
-    import distillm_ext.training.data as data
+    import distillm_ext.data.tokenise as data
 
     seen, prepare = {}, data.prepare_dataset
 

@@ -9,10 +9,10 @@ import pytest
 from data_world import CHATML, MARKED, TALK, make_bpe, prepare, targets
 from datasets import Dataset, load_from_disk
 
-from distillm_ext.training.capture_job import CaptureSettings, token_rows
+from distillm_ext.data.rows.loading import load_rows
+from distillm_ext.runs.capture import CaptureSettings, token_rows
+from distillm_ext.runs.settings import DatasetSettings
 from distillm_ext.training.config import DistillationConfig
-from distillm_ext.training.rows import load_rows
-from distillm_ext.training.settings import DatasetSettings
 from distillm_ext.training.setup import prepare_train
 
 LISTED = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}{{ documents | tojson }}<|im_end|>\n{% endif %}"

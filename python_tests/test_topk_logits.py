@@ -10,7 +10,7 @@ from tiers import full
 
 from distillm_ext import compress_logits
 from distillm_ext.ops.topk_logits import topk_logits
-from distillm_ext.reference_compression import compress_logits_reference
+from distillm_ext.reference.compression import compress_logits_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

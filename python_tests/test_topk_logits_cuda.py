@@ -9,7 +9,7 @@ import torch
 from ptx_topk_logits import TopkCase, launch_topk
 from tiers import full
 
-from distillm_ext.reference_compression import compress_logits_reference
+from distillm_ext.reference.compression import compress_logits_reference
 
 F32, BF16, F16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)
 ARCHITECTURES = ("sm_90", *full("sm_80"))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from trainer_worker import RANK_JOBS, rank_trainer
 from trainer_world import logged, tiny_model, weights
 
-from distillm_ext.training.heads import TokenBatch
+from distillm_ext.models.logit_reader import TokenBatch
 from distillm_ext.training.meters import METRICS
 
 

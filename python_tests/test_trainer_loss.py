@@ -23,8 +23,8 @@ from trainer_world import (
 )
 
 from distillm_ext import reference
+from distillm_ext.models.logit_reader import LogitReader
 from distillm_ext.ops import linear_chunks
-from distillm_ext.training.heads import LogitReader
 from distillm_ext.training.meters import METRICS
 
 # ---- the loss

@@ -19,7 +19,7 @@ from trainer_world import (
     token_rows,
 )
 
-from distillm_ext.training.policies import Source
+from distillm_ext.training.rollouts.policies import Source
 
 # ---- policies
 

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from trainer_worker import InterruptAfterStep, InterruptedRun, job_trainer
 from trainer_world import adaptive, logged, tiny_config, tiny_trainer, weights
 
-from distillm_ext.training import checkpoint, newest_complete_checkpoint, resumable
+from distillm_ext.training import newest_complete_checkpoint
+from distillm_ext.training.checkpoints import folders as checkpoint
+from distillm_ext.training.checkpoints import resumable
 
 
 def assert_same_weights(found, expected):

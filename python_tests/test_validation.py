@@ -8,7 +8,7 @@ import torch
 from trainer_world import tiny_config, tiny_model, tiny_trainer, token_rows
 
 from distillm_ext.training import load_rows
-from distillm_ext.training.schedule import SCHEDULES
+from distillm_ext.training.rollouts.schedule import SCHEDULES
 from distillm_ext.training.validation import RowTotals
 
 RARE = 63

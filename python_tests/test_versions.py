@@ -15,7 +15,8 @@ from packaging.version import Version
 from test_decode import GREEDY, assert_rows, make, prompts
 from transformers import AutoTokenizer
 
-from distillm_ext.generation import cache, generate
+from distillm_ext.generation import generate
+from distillm_ext.generation.loop import cache
 from distillm_ext.models.loading import load_tokenizer
 
 REQUIREMENTS = [Requirement(text) for text in importlib.metadata.requires("distillm_ext") or []]
@@ -59,7 +60,7 @@ for prompt, tokens in zip([[3, 4, 5], [6]], found):
 def test_the_cache_does_without_a_name_for_empty_layers(monkeypatch):
     """transformers before 5.23: the module is executed anew, its decode loop runs with what it found."""
     monkeypatch.delattr(transformers.cache_utils, "DummyLayer", raising=False)
-    spec = importlib.util.find_spec("distillm_ext.generation.cache")
+    spec = importlib.util.find_spec("distillm_ext.generation.loop.cache")
     older = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, older)  # where dataclasses look their module up
     spec.loader.exec_module(older)

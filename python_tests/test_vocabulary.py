@@ -20,10 +20,10 @@ from distillm_ext.models.vocabulary import (
     padding_id,
     tokenizer_size,
 )
+from distillm_ext.runs.capture import CaptureSettings, Processes, capture
+from distillm_ext.runs.settings import DatasetSettings
 from distillm_ext.teacher import CacheMismatch, TeacherCache
 from distillm_ext.teacher.manifest import MANIFEST, Manifest
-from distillm_ext.training.capture_job import CaptureSettings, Processes, capture
-from distillm_ext.training.settings import DatasetSettings
 
 HIGHEST = 60
 

@@ -31,9 +31,9 @@ from transformers import TrainerCallback
 
 from distillm_ext.containers import LinearHead
 from distillm_ext.linear import linear_cross_entropy_loss
-from distillm_ext.training import resumable
-from distillm_ext.training.heads import TokenBatch
-from distillm_ext.training.student import StudentForward
+from distillm_ext.models.logit_reader import TokenBatch
+from distillm_ext.models.student_forward import StudentForward
+from distillm_ext.training.checkpoints import resumable
 
 TEXT = {"input_ids": [list(range(4, 50))] * 5}
 

@@ -10,7 +10,7 @@ import typer
 
 from distillm_ext._codec import MAX_K
 from distillm_ext.cli.options import DATASET_HELP, DTYPE_HELP, expanded
-from distillm_ext.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
+from distillm_ext.data.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
 
 INTERRUPTED = 130
 STOPPED_BY_NAN = 1
@@ -81,8 +81,8 @@ def run(settings: Any, console: Any) -> int:
     import sys
 
     from distillm_ext.cli.errors import friendly_errors
+    from distillm_ext.runs.capture import Processes, capture
     from distillm_ext.teacher import TeacherCache
-    from distillm_ext.training.capture_job import Processes, capture
 
     processes = Processes()
     console.quiet = processes.rank != 0
@@ -125,7 +125,7 @@ class _Bar:
         rate = f"{count.tokens_per_second:.0f} tokens/s"
         if self.console.is_terminal and not self.console.quiet:
             if self._progress is None:
-                from distillm_ext.training.progress import make_progress
+                from distillm_ext.runs.progress import make_progress
 
                 self._progress = make_progress(self.console)
                 self._progress.start()
@@ -163,8 +163,8 @@ def _settings(
     chat_template_kwargs: str | None,
     **same: Any,
 ) -> Any:
-    from distillm_ext.training.capture_job import CaptureSettings
-    from distillm_ext.training.settings import DatasetSettings, load_settings
+    from distillm_ext.runs.capture import CaptureSettings
+    from distillm_ext.runs.settings import DatasetSettings, load_settings
 
     whole = load_settings(config) if config is not None else None
     training = whole.training if whole is not None else {}

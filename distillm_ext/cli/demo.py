@@ -33,8 +33,8 @@ def demo(
     from distillm_ext.cli.errors import friendly_errors
     from distillm_ext.cli.tables import print_results, report_progress
     from distillm_ext.demo.assets import AssetError
-    from distillm_ext.demo.plan import load_plan
     from distillm_ext.demo.run import Demo
+    from distillm_ext.demo.settings import load_plan
     from distillm_ext.demo.worlds import real_world, tiny_world
 
     console = Console()

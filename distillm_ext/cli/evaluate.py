@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from distillm_ext.cli.options import DATASET_HELP, DTYPE_HELP, expanded
-from distillm_ext.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
+from distillm_ext.data.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
 
 NOT_FINITE = 1
 
@@ -113,8 +113,8 @@ def _load(model: str, teacher: str | None, dtype: str, device: str) -> tuple[Any
 def _rows(
     dataset: str, split: str, rows: int, tokenizer: Any, max_prompt_length: int, max_length: int, kwargs: str | None
 ) -> Any:
-    from distillm_ext.training.data import load_rows, prepare_dataset
-    from distillm_ext.training.row_checks import checked_template_kwargs
+    from distillm_ext.data.rows.checks import checked_template_kwargs
+    from distillm_ext.data.tokenise import load_rows, prepare_dataset
 
     raw = load_rows(dataset, split=split, need_responses=True)
     if rows:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from distillm_ext.evaluation.metrics import EvaluationResult
 from distillm_ext.evaluation.report import table_rows
-from distillm_ext.training.progress import make_progress
+from distillm_ext.runs.progress import make_progress
 
 
 def print_results(console: Console, results: Mapping[str, EvaluationResult]) -> None:

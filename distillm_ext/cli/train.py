@@ -50,7 +50,7 @@ def train(
     quiet = os.environ.get("RANK", "0") != "0"
     console = Console(quiet=quiet)
     with friendly_errors():
-        from distillm_ext.training.settings import load_settings
+        from distillm_ext.runs.settings import load_settings
 
         chosen = load_settings(config, [*(overrides or []), *(settings or [])])
     command = f"distillm train {config} --resume"
@@ -63,8 +63,8 @@ def run(settings: Any, *, resume: bool, console: Any, command: str) -> int:
     import sys
 
     from distillm_ext.cli.errors import friendly_errors
-    from distillm_ext.training.job import build_trainer, count_parameters, start_folder
-    from distillm_ext.training.progress import ProgressBar, StopOnInterrupt
+    from distillm_ext.runs.job import build_trainer, count_parameters, start_folder
+    from distillm_ext.runs.progress import ProgressBar, StopOnInterrupt
 
     bar, stop = ProgressBar(console), StopOnInterrupt(console)
     try:
@@ -121,7 +121,7 @@ def _prepare_folder(trainer: Any, settings: Any, resume: bool, console: Any, sta
 
 def _finish(trainer: Any, console: Any) -> None:
     from distillm_ext.evaluation.plots import plot_training
-    from distillm_ext.training.job import save_outputs
+    from distillm_ext.runs.job import save_outputs
 
     final = save_outputs(trainer)
     if not trainer.is_world_process_zero():

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import _deferred_weight
+from ..checks.logits import deferred_weight
+from ..checks.options import checked_number, checked_options
 from ..ops.divergence import loss_dtype
 from ..ops.extension import require_backend
 from ..ops.logprob_divergence import logprob_divergence
-from ..options import checked_number, checked_options
 from .entries import kl_entries
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -144,7 +144,7 @@ class LigerKLDivLossFunction:
 
 
 def _loss(input: Tensor, target: Tensor, weight: Tensor, divergence: str, **options: Any) -> Tensor:
-    row_weight, deferred = _deferred_weight(weight, input.dtype)
+    row_weight, deferred = deferred_weight(weight, input.dtype)
     losses = logprob_divergence(input, target.detach(), row_weight, divergence, **options)
     return (losses if deferred is None else losses * deferred).sum()
 

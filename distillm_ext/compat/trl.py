@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arguments import _check_logits, _rows_of
+from ..checks.logits import SideRows, check_logits
+from ..checks.options import checked_options
 from ..functional import distillation_loss
 from ..ops.divergence import loss_dtype
-from ..options import checked_options
 from .entries import generalized_js_entries
 
 
@@ -74,7 +74,7 @@ def generalized_jsd_loss(
 
 def _entries(student: Tensor, teacher: Tensor, labels: Tensor | None, beta: float, temperature: float) -> Tensor:
     """The summands of every position, or [N, V] of those with a label."""
-    _check_logits(student, teacher)
+    check_logits(student, teacher)
     checked_options("generalized_js", None, beta, temperature, 0.0, -100, False)
     if student.shape != teacher.shape:
         raise ValueError(
@@ -82,7 +82,7 @@ def _entries(student: Tensor, teacher: Tensor, labels: Tensor | None, beta: floa
             f"{list(teacher.shape)}; cut both to the entries that both have."
         )
     dtype = loss_dtype(student.dtype)
-    flat_labels = _rows_of(student, dtype)(labels, "labels", integer=True)
+    flat_labels = SideRows(student, dtype)(labels, "labels", integer=True)
     if flat_labels is not None:
         kept = (flat_labels != -100).reshape(student.shape[:-1])
         student, teacher = student[kept], teacher[kept]

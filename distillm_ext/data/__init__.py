@@ -1,1 +1,1 @@
-"""Data: what training, capture, evaluation and demo make of token rows alike."""
+"""Data: rows as people have them, as tokens, as batches; and the named random streams that draw from them."""

@@ -18,14 +18,15 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, set_seed
 
-from distillm_ext.demo.plan import DemoOptions, Plan
+from distillm_ext.data.rows.loading import load_rows
+from distillm_ext.data.tokenise import prepare_dataset
+from distillm_ext.demo.settings import DemoOptions, Plan
 from distillm_ext.evaluation.metrics import EvaluationResult, Progress, evaluate_student, generate_texts
 from distillm_ext.evaluation.plots import plot_training
 from distillm_ext.evaluation.report import Report, write_report
 from distillm_ext.files import write_text
 from distillm_ext.generation import SamplingParams
-from distillm_ext.training.data import prepare_dataset
-from distillm_ext.training.job import (
+from distillm_ext.runs.job import (
     Models,
     build_trainer,
     count_parameters,
@@ -34,9 +35,8 @@ from distillm_ext.training.job import (
     save_outputs,
     write_settings,
 )
-from distillm_ext.training.progress import ProgressBar
-from distillm_ext.training.rows import load_rows
-from distillm_ext.training.settings import RunSettings
+from distillm_ext.runs.progress import ProgressBar
+from distillm_ext.runs.settings import RunSettings
 
 START, CONTROL, DISTILLED, TEACHER = "student before", "SFT control", "distilled", "teacher"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from distillm_ext.demo import assets
-from distillm_ext.demo.plan import DemoOptions
 from distillm_ext.demo.run import World, write_world_rows
+from distillm_ext.demo.settings import DemoOptions
 from distillm_ext.demo.tiny import make_tokenizer, train_teacher, write_rows
 from distillm_ext.evaluation.metrics import Progress
 

@@ -24,7 +24,7 @@ from distillm_ext.data.batches import IGNORE_INDEX, pad_rows
 from distillm_ext.functional import distillation_loss
 from distillm_ext.generation import SamplingParams, generate_responses
 from distillm_ext.generation.ends import end_token_ids
-from distillm_ext.generation.forward import check_no_virtual_tokens
+from distillm_ext.generation.loop.forward import check_no_virtual_tokens
 from distillm_ext.generation.positions import limits_within
 from distillm_ext.models.vocabulary import check_dataset_ids, compared_vocabulary, padding_id
 

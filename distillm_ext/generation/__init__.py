@@ -6,11 +6,11 @@ Example:
     ...                                eos_token_ids=(2,), seeds=range(len(prompts)))
 """
 
-from distillm_ext.generation.engine import Engine, LocalEngine
+from distillm_ext.generation.engines.engine import Engine, LocalEngine
+from distillm_ext.generation.engines.vllm import VllmEngine
+from distillm_ext.generation.engines.weights import full_weights
 from distillm_ext.generation.generate import GeneratedTokens, Responses, generate, generate_responses
-from distillm_ext.generation.sampling import SamplingParams
-from distillm_ext.generation.vllm import VllmEngine
-from distillm_ext.generation.weights import full_weights
+from distillm_ext.generation.params import SamplingParams
 
 __all__ = [
     "Engine",

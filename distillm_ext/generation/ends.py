@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distillm_ext.generation.forward import causal_model
+from distillm_ext.generation.loop.forward import causal_model
 
 logger = logging.getLogger(__name__)
 

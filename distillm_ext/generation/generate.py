@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distillm_ext.generation import arguments
-from distillm_ext.generation.decode import DecodeLoop
-from distillm_ext.generation.forward import CausalForward
-from distillm_ext.generation.hf import HfLoop
-from distillm_ext.generation.plan import longest_first
+from distillm_ext.generation.loop.batching import longest_first
+from distillm_ext.generation.loop.decode import DecodeLoop
+from distillm_ext.generation.loop.forward import CausalForward
+from distillm_ext.generation.loop.hf import HfLoop
+from distillm_ext.generation.loop.progress import DrawnTokens
+from distillm_ext.generation.params import SamplingParams
 from distillm_ext.generation.positions import limits_within, position_limit
-from distillm_ext.generation.record import Record
 from distillm_ext.generation.request import Request
-from distillm_ext.generation.sampling import SamplingParams
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ def _generate(
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected an int >= 1, got {value}")
     device = forward.device
-    record = Record(rows, max(limits, default=0), device)
+    record = DrawnTokens(rows, max(limits, default=0), device)
     with forward.ready():
         if rows:
             order = longest_first(lengths)
@@ -171,7 +171,7 @@ def _generate(
     return _in_order(record, order if rows else [], pad_token_id)
 
 
-def _in_order(record: Record, order: list[int], pad_token_id: int) -> GeneratedTokens:
+def _in_order(record: DrawnTokens, order: list[int], pad_token_id: int) -> GeneratedTokens:
     tokens, logprobs, filtered, lengths, finished = record.gather(pad_token_id)
     back = torch.tensor(order, dtype=torch.int64, device=record.device).argsort()
     longest = int(lengths.max()) if order else 0

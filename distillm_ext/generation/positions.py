@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distillm_ext.generation.forward import causal_model
+from distillm_ext.generation.loop.forward import causal_model
 
 # What configurations call the number of positions; most alias theirs to the first. Models without an entry (ALiBi,
 # recurrent ones) have no limit.

@@ -1,1 +1,1 @@
-"""Models: where they are and how they load, what they must be, which tokens they know, how a student is cut."""
+"""Models: where they are and how they load, which tokens they know, how logits are read off a student and a teacher."""

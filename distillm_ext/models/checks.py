@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.models.auto import modeling_auto
 
-from distillm_ext.generation.forward import base_of, unwrapped
+from distillm_ext.generation.loop.forward import base_of, unwrapped
 
 _CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 # Most of these hold causal models too, so the causal ones are looked up first.

@@ -15,11 +15,11 @@ from .errors import CacheError, CacheMiss
 from .fingerprint import fingerprint_dataset, fingerprint_model, fingerprint_tokenizer
 from .index import RowIndex
 from .manifest import MANIFEST, CacheSpec, Manifest
-from .rows import Targets, Tokens, as_spans, as_tokens, restored_records, sequences_of
 from .shard import Shard, StoredRow, row_key, token_key
+from .stored_rows import Targets, Tokens, as_spans, as_tokens, restored_records, sequences_of
 
 if TYPE_CHECKING:
-    from distillm_ext.containers import CompressedLogits
+    from distillm_ext.compressed_logits import CompressedLogits
 
 
 @dataclass(frozen=True)

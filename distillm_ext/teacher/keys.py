@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .rows import as_spans, as_tokens
 from .shard import row_key
+from .stored_rows import as_spans, as_tokens
 
 
 def sequence_key(input_ids: Sequence[int] | np.ndarray, loss_mask: Sequence[int] | np.ndarray) -> bytes:

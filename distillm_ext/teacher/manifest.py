@@ -148,7 +148,7 @@ class Manifest:
             **self.spec.to_json(),
             "shards": [asdict(shard) for shard in self.shards],
         }
-        write_text(path, json.dumps({**body, "checksum": _checksum(body)}, indent=1, sort_keys=True) + "\n")
+        write_text(path, json.dumps({**body, "checksum": manifest_checksum(body)}, indent=1, sort_keys=True) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -166,11 +166,11 @@ class Manifest:
                 f"{path} has format version {body.get('version')!r}, this distillm_ext reads version {VERSION}; "
                 "capture again, or use the distillm_ext that made it"
             )
-        if checksum != _checksum(body):
+        if checksum != manifest_checksum(body):
             raise CacheDamaged(f"{path} is damaged: its checksum does not fit; capture again")
         return cls(CacheSpec.from_json(body), tuple(ShardInfo.from_json(shard) for shard in body["shards"]))
 
 
-def _checksum(body: dict[str, Any]) -> str:
+def manifest_checksum(body: dict[str, Any]) -> str:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -11,7 +11,7 @@ from distillm_ext import _codec
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distillm_ext.containers import CompressedLogits
+    from distillm_ext.compressed_logits import CompressedLogits
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class CompressionSettings:
 
     def unpack(self, records: Tensor) -> CompressedLogits:
         """[..., record_bytes] uint8 → [...] positions."""
-        from distillm_ext.containers import CompressedLogits
+        from distillm_ext.compressed_logits import CompressedLogits
 
         return CompressedLogits.unpack(
             records, codec=self.codec, k=self.k, vocab_size=self.vocab_size, temperatures=self.temperatures,

@@ -18,8 +18,8 @@ from distillm_ext.paths import expand_path
 
 from .errors import CacheDamaged, CacheError
 from .manifest import MANIFEST, CacheSpec, Manifest, ShardInfo
-from .rows import Targets, Tokens, as_spans, as_tokens, store_row
 from .shard import Shard, StoredRow, row_key, write_shard
+from .stored_rows import Targets, Tokens, as_spans, as_tokens, store_row
 
 _NAME = re.compile(r"shard-(\d{5})-(\d{6})\.(arrow|json)")
 

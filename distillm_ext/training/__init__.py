@@ -6,16 +6,16 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "DistillationConfig": "config",
-    "DistillationTrainer": "trainer",
-    "DistillationCollator": "collators",
-    "ReplayBuffer": "replay",
-    "newest_complete_checkpoint": "checkpoint",
-    "prepare_dataset": "data",
-    "load_rows": "rows",
-    "load_student": "models",
-    "load_teacher": "models",
-    "load_tokenizer": "models",
+    "DistillationConfig": "training.config",
+    "DistillationTrainer": "training.trainer",
+    "DistillationCollator": "data.batches",
+    "ReplayBuffer": "training.rollouts.replay",
+    "newest_complete_checkpoint": "training.checkpoints.folders",
+    "prepare_dataset": "data.tokenise",
+    "load_rows": "data.rows.loading",
+    "load_student": "models.loading",
+    "load_teacher": "models.loading",
+    "load_tokenizer": "models.loading",
 }
 
 __all__ = sorted(_HOMES)
@@ -24,7 +24,7 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"distillm_ext.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from distillm_ext.generation import Engine
-from distillm_ext.generation.forward import check_no_virtual_tokens
+from distillm_ext.generation.loop.forward import check_no_virtual_tokens
 from distillm_ext.models.checks import check_apart, check_causal
 from distillm_ext.models.vocabulary import check_dataset_ids
 from distillm_ext.training.config import DistillationConfig

@@ -12,17 +12,17 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from distillm_ext._codec import MAX_K
-from distillm_ext.generation.sampling import SamplingParams
-from distillm_ext.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
-from distillm_ext.options import DEFAULT_ALPHA, DEFAULT_BETA, DIVERGENCES, TAILS
+from distillm_ext.checks.options import DEFAULT_ALPHA, DEFAULT_BETA, DIVERGENCES, TAILS
+from distillm_ext.data.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
+from distillm_ext.data.rows.checks import checked_template_kwargs
+from distillm_ext.generation.params import SamplingParams
+from distillm_ext.models.frozen_teacher import TEACHER_DTYPES
 from distillm_ext.packing import CODECS
 from distillm_ext.paths import expand_path
 from distillm_ext.training.nan_policy import NAN_POLICIES
-from distillm_ext.training.policies import POLICIES
-from distillm_ext.training.reuse_checks import REUSE_METHODS, check_compressed_loss
-from distillm_ext.training.row_checks import checked_template_kwargs
-from distillm_ext.training.schedule import REPLAY_RATIOS, SCHEDULES
-from distillm_ext.training.teacher import TEACHER_DTYPES
+from distillm_ext.training.rollouts.policies import POLICIES
+from distillm_ext.training.rollouts.schedule import REPLAY_RATIOS, SCHEDULES
+from distillm_ext.training.teaching.rules import REUSE_METHODS, check_compressed_loss
 
 WARMUP_OBJECTIVES = ("sft", "forward_kl")
 # Which divergences have which parameter.

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillm_ext.containers import CompressedLogits, LinearHead
-from distillm_ext.training.checkpoint import write_json, write_tensors
-from distillm_ext.training.heads import Rows, Targets, TokenBatch, head_logits
+from distillm_ext.compressed_logits import CompressedLogits
+from distillm_ext.containers import LinearHead
+from distillm_ext.data.rows.origin import name_row
+from distillm_ext.models.logit_reader import StudentOutput, Targets, TokenBatch, head_logits
+from distillm_ext.models.router_loss import ModelLoss
+from distillm_ext.training.checkpoints.folders import write_json, write_tensors
 from distillm_ext.training.nan_policy import Fault, nonfinite
 from distillm_ext.training.objectives import cross_entropy
-from distillm_ext.training.rollouts import preserved_rng
-from distillm_ext.training.router_loss import ModelLoss
-from distillm_ext.training.row_origin import name_row
+from distillm_ext.training.rollouts.rollouts import preserved_rng
 
 logger = logging.getLogger(__name__)
 _POSITIONS = 256  # whose logits are formed at once
@@ -79,11 +80,11 @@ class NanReport:
         def consume(rows: list[Any]) -> Tensor:
             truth = inputs.get("ground_truth", True)
 
-            def loss(student: Rows, at: slice) -> Tensor:
+            def loss(student: StudentOutput, at: slice) -> Tensor:
                 part = None if teacher is None else _part(teacher, at)
                 return objective(student, part, inputs["targets"][at], num_items=1, ground_truth=truth).total
 
-            def text_loss(student: Rows, at: slice) -> Tensor:
+            def text_loss(student: StudentOutput, at: slice) -> Tensor:
                 return cross_entropy(student, inputs["plain_text"]["targets"][at], 1)
 
             found["rows"] = _per_row(rows[0], teacher, inputs["row_targets"], loss)
@@ -197,7 +198,7 @@ class NanReport:
         write_json(stem.with_name(stem.name + ".json"), {**content, "tensors": stem.name + ".safetensors"})
 
 
-def _per_row(student: Rows, teacher: Targets | None, counts: Sequence[int], loss: Any) -> Tensor:
+def _per_row(student: StudentOutput, teacher: Targets | None, counts: Sequence[int], loss: Any) -> Tensor:
     """[B, 3] float32: loss, 1 where the teacher's logits are finite, 1 where the student's are.
 
     −inf is a legal logit of a teacher, a probability of 0; a student's makes divergences infinite.
@@ -225,11 +226,11 @@ def _part(rows: Any, at: slice) -> Any:
     return dataclasses.replace(rows, hidden=rows.hidden[at]) if isinstance(rows, LinearHead) else rows[at]
 
 
-def _logits(rows: Rows) -> Tensor:
+def _logits(rows: StudentOutput) -> Tensor:
     return head_logits(rows) if isinstance(rows, LinearHead) else rows
 
 
-def _finite_rows(student: Rows) -> Tensor:
+def _finite_rows(student: StudentOutput) -> Tensor:
     return torch.isfinite(_logits(student)).all(-1)
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distillm_ext.containers import CompressedLogits, DivergenceMetrics, LinearHead
+from distillm_ext.compressed_logits import CompressedLogits
+from distillm_ext.containers import DivergenceMetrics, LinearHead
 from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
 from distillm_ext.losses import DistillationLoss
-from distillm_ext.training.heads import Rows, Targets, head_logits
+from distillm_ext.models.logit_reader import StudentOutput, Targets, head_logits
+from distillm_ext.models.router_loss import ModelLoss
 from distillm_ext.training.meters import METRICS
-from distillm_ext.training.router_loss import ModelLoss
 
 
 @dataclass
@@ -36,7 +37,7 @@ class LossParts:
         return LossParts(self.total + own.term.to(self.total), {**self.parts, own.name: own.value})
 
 
-def cross_entropy(logits: Rows, targets: Tensor, num_items: int | Tensor) -> Tensor:
+def cross_entropy(logits: StudentOutput, targets: Tensor, num_items: int | Tensor) -> Tensor:
     """Σ −log softmax(logits)[target] / num_items, in float32; 0 for no rows.
 
     Args:
@@ -56,7 +57,13 @@ class CrossEntropyObjective:
     needs_teacher = False
 
     def __call__(
-        self, student: Rows, teacher: Targets | None, targets: Tensor, *, num_items: int | Tensor, ground_truth: bool
+        self,
+        student: StudentOutput,
+        teacher: Targets | None,
+        targets: Tensor,
+        *,
+        num_items: int | Tensor,
+        ground_truth: bool,
     ) -> LossParts:
         """See `DivergenceObjective.__call__`; `teacher` and `ground_truth` are not looked at."""
         total = cross_entropy(student, targets, num_items)
@@ -95,7 +102,13 @@ class DivergenceObjective:
         self.with_ce = DistillationLoss(ce_weight=ce_weight, **self.options)
 
     def __call__(
-        self, student: Rows, teacher: Targets | None, targets: Tensor, *, num_items: int | Tensor, ground_truth: bool
+        self,
+        student: StudentOutput,
+        teacher: Targets | None,
+        targets: Tensor,
+        *,
+        num_items: int | Tensor,
+        ground_truth: bool,
     ) -> LossParts:
         """Computes the loss of one micro-batch.
 

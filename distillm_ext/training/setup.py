@@ -14,24 +14,24 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from distillm_ext.data.batches import DistillationCollator
+from distillm_ext.data.chat.templates import template_ends
+from distillm_ext.data.plain_text import PlainTextBatches, pack_text
+from distillm_ext.data.rows.loading import TOKEN_COLUMNS, load_rows
+from distillm_ext.data.rows.origin import keep_origin
+from distillm_ext.data.tokenise import prepare_dataset
 from distillm_ext.generation import Engine, LocalEngine, full_weights
 from distillm_ext.generation.ends import end_token_ids, name_ends
 from distillm_ext.generation.positions import check_positions
+from distillm_ext.models.frozen_teacher import ModelTeacher
+from distillm_ext.models.student_forward import StudentForward
 from distillm_ext.models.vocabulary import check_token_ids
-from distillm_ext.training.chat import template_ends
-from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
-from distillm_ext.training.data import prepare_dataset
 from distillm_ext.training.objectives import CrossEntropyObjective, DivergenceObjective, Objective, ObjectiveSchedule
-from distillm_ext.training.plain_text import PlainTextBatches, pack_text
-from distillm_ext.training.policies import reads_responses
-from distillm_ext.training.replay import ReplayBuffer
-from distillm_ext.training.responses import EngineResponses
-from distillm_ext.training.rollouts import Rollouts
-from distillm_ext.training.row_origin import keep_origin
-from distillm_ext.training.rows import TOKEN_COLUMNS, load_rows
-from distillm_ext.training.student import StudentForward
-from distillm_ext.training.teacher import ModelTeacher
+from distillm_ext.training.rollouts.policies import reads_responses
+from distillm_ext.training.rollouts.replay import ReplayBuffer
+from distillm_ext.training.rollouts.responses import EngineResponses
+from distillm_ext.training.rollouts.rollouts import Rollouts
 
 logger = logging.getLogger(__name__)
 

@@ -23,22 +23,23 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from distillm_ext.data.batches import DistillationCollator
+from distillm_ext.data.draws import Stream, uniform
 from distillm_ext.generation import Engine
+from distillm_ext.models.frozen_teacher import ModelTeacher
+from distillm_ext.models.logit_reader import StudentOutput, TokenBatch
+from distillm_ext.models.router_loss import ModelLoss, mean_term
+from distillm_ext.models.student_forward import StudentForward
 from distillm_ext.models.vocabulary import compared_vocabulary, padding_id
-from distillm_ext.training import setup, teaching_setup
+from distillm_ext.training import setup
 from distillm_ext.training.argument_checks import check_arguments
-from distillm_ext.training.collators import DistillationCollator
 from distillm_ext.training.config import DistillationConfig
-from distillm_ext.training.heads import Rows, TokenBatch
 from distillm_ext.training.nan_policy import StepRecord
 from distillm_ext.training.objectives import LossParts, cross_entropy
-from distillm_ext.training.philox import Stream, uniform
-from distillm_ext.training.policies import Decision, Source, StepContext
-from distillm_ext.training.router_loss import ModelLoss, mean_term
-from distillm_ext.training.run_state import RunState
+from distillm_ext.training.rollouts.policies import Decision, Source, StepContext
+from distillm_ext.training.run import RunState
 from distillm_ext.training.special_tokens import KeepPadding
-from distillm_ext.training.student import StudentForward
-from distillm_ext.training.teacher import ModelTeacher
+from distillm_ext.training.teaching import build as teaching_setup
 from distillm_ext.training.validation import TokenWeightedEvaluation
 
 logger = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
             teacher = self.teaching.targets(inputs) if objective.needs_teacher else None
         found, own = LossParts(torch.zeros(())), list[ModelLoss]()
 
-        def consume(rows: list[Rows]) -> Tensor:
+        def consume(rows: list[StudentOutput]) -> Tensor:
             nonlocal found
             with clock.section("loss"):
                 truth = inputs.get("ground_truth", True)
@@ -248,7 +249,7 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         self._meters.add_losses(step, {**parts, "total": found.total.detach() * self.accelerator.num_processes})
         return (loss, parts) if return_outputs else loss
 
-    def _with_plain_text(self, loss: LossParts, rows: Rows, targets: Tensor, count: Tensor) -> LossParts:
+    def _with_plain_text(self, loss: LossParts, rows: StudentOutput, targets: Tensor, count: Tensor) -> LossParts:
         lm = cross_entropy(rows, targets, count)
         return LossParts(loss.total + self.args.lm_weight * lm, {**loss.parts, "lm": lm.detach()})
 

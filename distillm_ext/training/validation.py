@@ -21,20 +21,20 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from distillm_ext.containers import LinearHead
+from distillm_ext.data.rows.origin import keep_origin, name_row, origin_of
 from distillm_ext.functional import distillation_loss
 from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
+from distillm_ext.models.logit_reader import StudentOutput, Targets, TokenBatch, head_logits
+from distillm_ext.models.student_forward import StudentForward
 from distillm_ext.training.config import DistillationConfig
-from distillm_ext.training.heads import Rows, Targets, TokenBatch, head_logits
-from distillm_ext.training.row_origin import keep_origin, name_row, origin_of
 from distillm_ext.training.setup import prepare_split
-from distillm_ext.training.student import StudentForward
-from distillm_ext.training.teaching import DenseTeaching
+from distillm_ext.training.teaching.sources import LiveTargets
 
 logger = logging.getLogger(__name__)
 
 
 def token_losses(
-    student: Rows, teacher: Targets, targets: Tensor, vocab_size: int | None, tail: str = "bucket"
+    student: StudentOutput, teacher: Targets, targets: Tensor, vocab_size: int | None, tail: str = "bucket"
 ) -> tuple[Tensor, Tensor]:
     """[R] student's cross-entropy over its whole vocabulary, [R] KL(teacher ‖ student) over `vocab_size` entries.
 
@@ -58,7 +58,7 @@ def token_losses(
 
 
 def row_sums(
-    student: Rows,
+    student: StudentOutput,
     teacher: Targets,
     targets: Tensor,
     rows: Tensor,
@@ -153,7 +153,7 @@ class TokenWeightedEvaluation(Trainer):
 
     args: DistillationConfig
     student: StudentForward
-    teaching: DenseTeaching
+    teaching: LiveTargets
     vocab_size: int
     tail: str
     _nonfinite: str | None = None
@@ -264,7 +264,7 @@ class TokenWeightedEvaluation(Trainer):
         num_rows, length = inputs["input_ids"].shape
         teacher = self.teaching.evaluation_targets(inputs)
 
-        def consume(students: list[Rows]) -> Tensor:
+        def consume(students: list[StudentOutput]) -> Tensor:
             rows = batch.positions // length
             return row_sums(students[0], teacher, inputs["targets"], rows, num_rows, self.vocab_size, self.tail)
 

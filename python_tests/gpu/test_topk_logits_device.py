@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distillm_ext import capture_from_hidden, compress_logits
-from distillm_ext.reference_compression import compress_logits_reference
+from distillm_ext.reference.compression import compress_logits_reference
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,269 @@
+"""What a loss reads of the teacher at the targets of a batch: its logits, or what was kept of them when they were last
+computed.
+
+`LiveTargets` runs the teacher in every step. `KeptTargets` runs it once per sequence: the compressed logits of
+a sequence stay with its data row or with its place in the replay buffer, or come from a cache on disk, and the teacher
+is asked only for the rows of a batch that are in neither. The loss reads records that were packed and unpacked in the
+step that computes them too, so that it does not depend on where they came from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distillm_ext.compressed_logits import CompressedLogits
+from distillm_ext.data.batches import DistillationCollator, move_batch
+from distillm_ext.data.sequences import TokenSequence
+from distillm_ext.models.frozen_teacher import ModelTeacher
+from distillm_ext.models.logit_reader import Targets, TokenBatch
+from distillm_ext.teacher.keys import draw_positions
+from distillm_ext.teacher.settings import CompressionSettings
+from distillm_ext.training.teaching.stores import RecordSource, ReuseStores
+
+logger = logging.getLogger(__name__)
+
+
+class LiveTargets:
+    """The teacher's logits (or its hidden states and head), computed for every batch."""
+
+    def __init__(self, model: ModelTeacher) -> None:
+        self.model = model
+
+    def targets(self, inputs: Mapping[str, Any]) -> Targets:
+        """What the training loss reads for a collated batch."""
+        return self.model.outputs(TokenBatch.from_inputs(dict(inputs)))
+
+    def evaluation_targets(self, inputs: Mapping[str, Any]) -> Targets:
+        """What the validation reads."""
+        return self.targets(inputs)
+
+    def again(self, inputs: Mapping[str, Any]) -> Targets:
+        """What `targets` gave for a batch of this run; nothing is kept or counted."""
+        return self.targets(inputs)
+
+    def settle(self) -> None:
+        """Every process: what was computed since the last call becomes part of the store of all of them."""
+
+    def begin_step(self, source: str, batches: Sequence[Mapping[str, Any]], *, reusable: bool) -> None:
+        """Announces the batches of an optimizer step, and whether their sequences come again."""
+
+    def adopt(self, sequences: Sequence[TokenSequence]) -> None:
+        """Keeps the teacher's output of exactly these replayed sequences; computes what is missing."""
+
+    def counters(self) -> dict[str, float]:
+        """What this process reports of the steps since the last call."""
+        return {}
+
+    def sizes(self) -> dict[str, float]:
+        """What this process holds."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """JSON-serialisable state, equal on all ranks."""
+        return {}
+
+    def pack(self) -> dict[str, Tensor]:
+        """Tensors of this rank for a checkpoint."""
+        return {}
+
+    def unpack(
+        self, state: Mapping[str, Any], saved: Sequence[Mapping[str, Tensor]], replayed: Sequence[bytes]
+    ) -> None:
+        """Restores `state` and `pack`; `replayed` are the keys of the sequences in the replay buffer."""
+
+
+class KeptTargets(LiveTargets):
+    """Compressed teacher logits.
+
+    Args:
+        settings: the compression.
+        model: computes what is not there yet; None where everything must come from `cache`.
+        cache: records by sequence, or None.
+        stores: where computed records are kept.
+        collator, batch_size: of the batches in which new sequences of the replay buffer meet the teacher.
+        device: of the losses.
+    """
+
+    def __init__(
+        self,
+        settings: CompressionSettings,
+        *,
+        model: ModelTeacher | None,
+        cache: RecordSource | None,
+        stores: ReuseStores,
+        collator: DistillationCollator,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.settings = settings
+        self.teacher = model
+        self.cache = cache
+        self.stores = stores
+        self.collator = collator
+        self.batch_size = batch_size
+        self.device = device
+        self._reusable = False
+        self._computed = self._reused = 0
+
+    # ---- one batch
+
+    def targets(self, inputs: Mapping[str, Any]) -> CompressedLogits:
+        """See the parent. The teacher sees the rows of the batch that are not known yet, and no others."""
+        keys, counts = inputs["keys"], inputs["row_targets"]
+        found = [self._find(key) for key in keys]
+        missing = [index for index, records in enumerate(found) if records is None]
+        self._computed += len(missing)
+        self._reused += len(found) - len(missing)
+        known = np.concatenate([self._nothing(), *(records for records in found if records is not None)])
+        if len(known) != sum(count for count, records in zip(counts, found, strict=True) if records is not None):
+            raise ValueError(f"teacher logits: the stored rows {_names(inputs, range(len(keys)))} have other targets")
+        records = upload(known, self.device)
+        if missing:
+            computed = self._compute(inputs, missing)
+            if self._reusable:
+                self.stores.defer([(keys[index], counts[index]) for index in missing], computed)
+            records = torch.cat([records, computed])
+            if len(missing) < len(keys):
+                order = _interleaved(counts, set(missing))
+                records = records.index_select(0, upload(order, self.device))
+        return self.settings.unpack(records)
+
+    def evaluation_targets(self, inputs: Mapping[str, Any]) -> Targets:
+        """The teacher's own logits where there is a teacher, else the cache's."""
+        if self.teacher is not None:
+            return self.teacher.outputs(TokenBatch.from_inputs(dict(inputs)))
+        return self.again(inputs)
+
+    def again(self, inputs: Mapping[str, Any]) -> Targets:
+        before = self._computed, self._reused, self._reusable
+        self._reusable = False
+        targets = self.targets(inputs)
+        self._computed, self._reused, self._reusable = before
+        return targets
+
+    def _find(self, key: bytes) -> np.ndarray | None:
+        records = self.cache.get(key) if self.cache is not None else None
+        return records if records is not None else self.stores.get(key)
+
+    def _compute(self, inputs: Mapping[str, Any], rows: Sequence[int]) -> Tensor:
+        """[targets of these rows, record_bytes] on the device, from the teacher."""
+        if self.teacher is None:
+            raise ValueError(
+                f"teacher: the cache has no {_names(inputs, rows)} and there is no teacher model to compute it; "
+                "capture the data set again with the tokenizer, max_prompt_length and max_length of this run, or give "
+                "the model beside the cache"
+            )
+        return compute_records(self.teacher, self.settings, inputs, rows)
+
+    def _nothing(self) -> np.ndarray:
+        return np.empty((0, self.settings.record_bytes), dtype=np.uint8)
+
+    # ---- a run
+
+    def settle(self) -> None:
+        self.stores.settle()
+
+    def begin_step(self, source: str, batches: Sequence[Mapping[str, Any]], *, reusable: bool) -> None:
+        self._reusable = reusable and self.teacher is not None
+        if self._reusable:
+            self.stores.begin_step(source, [row for batch in batches for row in batch["row_numbers"]])
+
+    def adopt(self, sequences: Sequence[TokenSequence]) -> None:
+        new = self.stores.retain_replayed(sequences)
+        for start in range(0, len(new), self.batch_size):
+            chunk = new[start : start + self.batch_size]
+            inputs = move_batch(self.collator([sequence.to_feature() for sequence in chunk]), self.device)
+            records = self._compute(inputs, range(len(chunk))).cpu().numpy()
+            self._computed += len(chunk)
+            ends = np.cumsum(inputs["row_targets"])[:-1]
+            for sequence, part in zip(chunk, np.split(records, ends), strict=True):
+                self.stores.replay.put(sequence.key, part)
+
+    def counters(self) -> dict[str, float]:
+        report: dict[str, float] = {"teacher_rows": self._computed, "reused_rows": self._reused}
+        self._computed = self._reused = 0
+        return report
+
+    def sizes(self) -> dict[str, float]:
+        return self.stores.sizes()
+
+    def state(self) -> dict[str, Any]:
+        return {"settings": asdict(self.settings) | {"temperatures": list(self.settings.temperatures)}}
+
+    def pack(self) -> dict[str, Tensor]:
+        return self.stores.pack()
+
+    def unpack(
+        self, state: Mapping[str, Any], saved: Sequence[Mapping[str, Tensor]], replayed: Sequence[bytes]
+    ) -> None:
+        if state.get("settings") != self.state()["settings"]:
+            logger.warning(
+                "the checkpoint has no teacher logits that were compressed as this run does; they are computed again"
+            )
+            return
+        self.stores.unpack(saved, replayed)
+
+
+def compute_records(
+    teacher: ModelTeacher, settings: CompressionSettings, inputs: Mapping[str, Any], rows: Sequence[int]
+) -> Tensor:
+    """[targets of these rows of a collated batch, record_bytes] uint8 on the device, from a teacher forward."""
+    return settings.pack(compute_compressed(teacher, settings, inputs, rows))
+
+
+def compute_compressed(
+    teacher: ModelTeacher, settings: CompressionSettings, inputs: Mapping[str, Any], rows: Sequence[int]
+) -> CompressedLogits:
+    """[targets of these rows of a collated batch] compressed logits on the device, from a teacher forward."""
+    batch, targets = TokenBatch.from_inputs(dict(inputs)), inputs["targets"]
+    keys, counts = inputs["keys"], inputs["row_targets"]
+    device = targets.device
+    if len(rows) < len(keys):
+        batch, targets = _rows_of(batch, targets, rows, counts, device)
+    position = None
+    if settings.method == "sample":
+        position = upload(draw_positions([keys[row] for row in rows], [counts[row] for row in rows]), device)
+    labels = targets if settings.labels else None
+    return teacher.compressed(batch, settings, labels, position)
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A host array on the device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _names(inputs: Mapping[str, Any], rows: Sequence[int]) -> str:
+    return "row " + ", ".join(str(inputs["row_numbers"][row]) for row in rows)
+
+
+def _interleaved(counts: Sequence[int], computed: set[int]) -> np.ndarray:
+    """Where each target of a batch lies when those of all known rows come first, then those of the computed ones."""
+    groups = np.repeat([index in computed for index in range(len(counts))], counts)
+    place = np.empty(len(groups), dtype=np.int64)
+    place[np.argsort(groups, kind="stable")] = np.arange(len(groups))
+    return place
+
+
+def _rows_of(
+    batch: TokenBatch, targets: Tensor, rows: Sequence[int], counts: Sequence[int], device: torch.device
+) -> tuple[TokenBatch, Tensor]:
+    """The part of a batch that has these rows, with its targets. All indices are known on the host."""
+    length = batch.input_ids.shape[1]
+    ends = np.cumsum([0, *counts])
+    chosen = np.concatenate([np.arange(ends[row], ends[row + 1]) for row in rows])
+    moved = np.repeat([(row - place) * length for place, row in enumerate(rows)], [counts[row] for row in rows])
+    index, chosen_targets = upload(np.asarray(rows, dtype=np.int64), device), upload(chosen, device)
+    part = TokenBatch(
+        batch.input_ids.index_select(0, index),
+        batch.attention_mask.index_select(0, index),
+        batch.positions.index_select(0, chosen_targets) - upload(moved.astype(np.int64), device),
+    )
+    return part, targets.index_select(0, chosen_targets)
