@@ -6,23 +6,21 @@
 namespace distillm {
 namespace {
 
-std::tuple<Tensor, Tensor> logprob_divergence(const Tensor& student, const Tensor& teacher,
-                                              const std::optional<Tensor>& weight, std::string name, double beta,
-                                              std::optional<double> probability_floor, bool need_gradient) {
-  const LogprobDivergenceTensors t = prepare_logprob_divergence(student, teacher, weight, std::move(name), beta,
-                                                                probability_floor, need_gradient, recycled_empty_like);
-  const LogprobDivergenceCall& call = t.call;
-  const LogprobDivergenceRows rows = row_kernels().logprob_divergence(call.divergence.c_str(), call.probabilities,
-                                                                      call.student_type == ScalarType::Double);
-  STD_TORCH_CHECK(rows, "divergence '", call.divergence, "' is none of forward_kl, reverse_kl, generalized_js");
-  torch::stable::parallel_for(0, call.rows, rows_per_task(call.vocab),
-                              [&](int64_t begin, int64_t end) { rows(call, begin, end); });
-  return {t.loss, t.gradient};
-}
+struct Cpu {
+  static Tensor new_gradient(const Tensor& like) { return recycled_empty_like(like); }
+
+  static void run(const LogprobDivergenceTensors& t) {
+    const LogprobDivergenceCall& call = t.call;
+    const bool float64 = call.student_type == ScalarType::Double;
+    const LogprobDivergenceRows rows =
+        row_kernels().logprob_divergence(call.divergence.c_str(), call.probabilities, float64);
+    STD_TORCH_CHECK(rows, "divergence '", call.divergence, "' is none of forward_kl, reverse_kl, generalized_js");
+    const int64_t grain = rows_per_task(call.vocab);
+    torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) { rows(call, begin, end); });
+  }
+};
 
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) {
-  m.impl("logprob_divergence", TORCH_BOX(&distillm::logprob_divergence));
-}
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { distillm::LogprobDivergenceOp<distillm::Cpu>::register_in(m); }

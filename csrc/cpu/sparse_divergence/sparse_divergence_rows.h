@@ -86,8 +86,8 @@ SparseSums<Real> sparse_sums(const SparseDivergenceCall& call, int64_t row, cons
   const Real log2_norm = over_kept ? p.maximum + p.log2_sum : Real(0);
   const Term<double> sums = kept_sums(KeptTerm<Real, Kept>{q, log2_norm, Kept(parameters)}, kept);
   const double log2_t = static_cast<const Real*>(call.tail_logprob)[row] * kLog2E;
-  const Term<double> bucket = bucket_term<Kept>(call.tail, log2_t, student.log2_tail(),
-                                                {parameters.alpha, parameters.beta, parameters.detach_mixture});
+  const Term<double> bucket =
+      bucket_term<Kept>(call.tail, log2_t, student.log2_tail(), RowParameters<double>::of(parameters));
   const bool bucket_legal = call.tail != Tail::kBucket || log2_t < std::numeric_limits<double>::infinity();
   const bool drawn = call.tail != Tail::kSampled || kept.count > 0;
   const bool usable = q.usable() && log2_norm == log2_norm && student.all.softmax().usable() && kept.legal &&

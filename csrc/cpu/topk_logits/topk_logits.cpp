@@ -4,18 +4,15 @@
 namespace distillm {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logits(
-    const Tensor& logits, const std::optional<Tensor>& labels, const std::optional<Tensor>& position, int64_t k,
-    std::vector<double> temperatures, int64_t seed) {
-  const TopkLogitsTensors t = prepare_topk_logits(logits, labels, position, k, std::move(temperatures));
-  const TopkLogitsCall call = t.call(k, seed);
-  const TopkLogitsRows rows = row_kernels().topk_logits(call.type == ScalarType::Double);
-  const int64_t grain = rows_per_task(call.vocab + k);
-  torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) { rows(call, begin, end); });
-  return t.outputs();
-}
+struct Cpu {
+  static void run(const TopkLogitsTensors&, const TopkLogitsCall& call) {
+    const TopkLogitsRows rows = row_kernels().topk_logits(call.type == ScalarType::Double);
+    const int64_t grain = rows_per_task(call.vocab + call.k);
+    torch::stable::parallel_for(0, call.rows, grain, [&](int64_t begin, int64_t end) { rows(call, begin, end); });
+  }
+};
 
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { m.impl("topk_logits", TORCH_BOX(&distillm::topk_logits)); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { distillm::TopkLogitsOp<distillm::Cpu>::register_in(m); }

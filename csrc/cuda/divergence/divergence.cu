@@ -24,7 +24,6 @@ DeviceLimits limits_of(const DeviceScope& device) {
 }
 
 DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePlan& plan) {
-  const DivergenceOptions& options = call.options;
   return {call.student,
           call.teacher,
           call.gradient,
@@ -38,18 +37,8 @@ DivergenceArguments arguments_of(const DivergenceCall& call, const DivergencePla
           element_type(call.teacher_type),
           static_cast<int32_t>(plan.staged_turns),
           static_cast<int32_t>(plan.kept_turns),
-          call.labels,
-          static_cast<const float*>(call.weight),
-          static_cast<const float*>(call.alpha),
-          static_cast<const float*>(call.cap),
-          static_cast<float*>(call.loss),
           static_cast<float*>(call.metrics),
-          options.ignore_index,
-          static_cast<float>(options.alpha),
-          static_cast<float>(options.beta),
-          static_cast<float>(1 / options.temperature),
-          static_cast<float>(options.ce_weight),
-          options.detach_mixture};
+          LossArguments::of(call)};
 }
 
 // Asks the device what it takes, and readies the kernel for any plan: shared memory may grow to all that a block can
@@ -68,9 +57,8 @@ Planned<DivergencePlan> planned(const DivergenceKernel& kernel, const Divergence
   });
 }
 
-void launch(const DivergenceKernel& kernel, const DivergenceTensors& t, const DeviceScope& device) {
+void launch(const DivergenceKernel& kernel, const DivergenceCall& call, const DeviceScope& device) {
   static PlanCache<Planned<DivergencePlan>, int64_t, bool> plans;  // by the number of chunks, and whether G is kept
-  const DivergenceCall& call = t.call;
   const int64_t vocab = std::max(call.student_vocab, call.teacher_vocab);
   const DivergenceShape shape = shape_of(kernel, call, vocab);
   const auto made = plans.of(device.index(), reinterpret_cast<const void*>(kernel.function), shape.chunks, shape.keeps,
@@ -89,45 +77,17 @@ DivergenceKernel kernel_of(const DivergenceCall& call) {
   }
 }
 
-void run(const DivergenceTensors& t, const DeviceScope& device) {
-  const DivergenceKernel kernel = kernel_of(t.call);
-  STD_TORCH_CHECK(kernel.function, "divergence '", t.call.options.divergence, "' has no CUDA kernel");
-  if (t.call.rows > 0) launch(kernel, t, device);
-}
+struct Cuda {
+  static Tensor new_gradient(const Tensor& like) { return torch_empty_like(like); }
 
-std::tuple<Tensor, Tensor, Tensor> divergence(const Tensor& student, const Tensor& teacher,
-                                              const std::optional<Tensor>& labels, const std::optional<Tensor>& weight,
-                                              const std::optional<Tensor>& alpha_rows, const std::optional<Tensor>& cap,
-                                              std::string name, double alpha, double beta, double temperature,
-                                              double ce_weight, int64_t ignore_index, bool detach_mixture,
-                                              int64_t vocab_size, bool need_gradient, bool need_metrics) {
-  const DeviceScope device(student);
-  const DivergenceTensors t = prepare_divergence(
-      student, teacher, labels, weight, alpha_rows, cap,
-      {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
-      need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere, need_metrics);
-  run(t, device);
-  return {t.loss, t.gradient, t.metrics};
-}
-
-std::tuple<Tensor, Tensor> divergence_(Tensor student, const Tensor& teacher, const std::optional<Tensor>& labels,
-                                       const std::optional<Tensor>& weight, const std::optional<Tensor>& alpha_rows,
-                                       const std::optional<Tensor>& cap, std::string name, double alpha, double beta,
-                                       double temperature, double ce_weight, int64_t ignore_index, bool detach_mixture,
-                                       int64_t vocab_size, bool need_metrics) {
-  const DeviceScope device(student);
-  const DivergenceTensors t = prepare_divergence(
-      student, teacher, labels, weight, alpha_rows, cap,
-      {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
-      GradientTo::kStudent, need_metrics);
-  run(t, device);
-  return {t.loss, t.metrics};
-}
+  static void run(const DivergenceTensors& t) {
+    const DivergenceKernel kernel = kernel_of(t.call);
+    STD_TORCH_CHECK(kernel.function, "divergence '", t.call.options.divergence, "' has no CUDA kernel");
+    if (t.call.rows > 0) launch(kernel, t.call, DeviceScope(t.student));
+  }
+};
 
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) {
-  m.impl("divergence", TORCH_BOX(&distillm::divergence));
-  m.impl("divergence_", TORCH_BOX(&distillm::divergence_));
-}
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { distillm::DivergenceOps<distillm::Cuda>::register_in(m); }

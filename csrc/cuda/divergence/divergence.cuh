@@ -115,7 +115,8 @@ template <class T>
 __device__ RowSoftmaxes row_softmaxes(const RowPair<T>& rows, const DivergenceArguments& a, Scratch& scratch) {
   constexpr int N = RowPair<T>::N;
   const float unit = static_cast<float>(kLog2E);
-  const SoftmaxScales scales{unit * a.inverse_temperature, unit, a.ce_weight != 0 && a.inverse_temperature != 1};
+  const SoftmaxScales scales{unit * a.loss.inverse_temperature, unit,
+                             a.loss.ce_weight != 0 && a.loss.inverse_temperature != 1};
   const float first_student = rows.first_logit(rows.student), first_teacher = rows.first_logit(rows.teacher);
   RowSums sums{ShiftedSum::from(first_student, scales.own), ShiftedSum::from(first_teacher, scales.own),
                ShiftedSum::from(first_student, scales.unit)};
@@ -198,7 +199,7 @@ struct RowOutput {
 
   __device__ float* metrics() const { return a.metrics + int64_t{row} * kMetrics; }
   __device__ void write_loss(float value) const {
-    if (cluster.thread() == 0) a.loss[row] = value;
+    if (cluster.thread() == 0) a.loss.values[row] = value;
   }
   __device__ void clear_beyond_vocab() const {
     for (int v = a.student_vocab + cluster.thread(); v < a.gradient_vocab; v += cluster.threads()) {
@@ -227,7 +228,7 @@ template <class Terms, class T, class Output>
 __device__ void finish_row(const RowPair<T>& rows, const DivergenceArguments& a, const RowInputs& in,
                            const RowSoftmaxes& softmaxes, Terms& terms, Scratch& scratch, const Output& output) {
   // After row_sums the gradient may overwrite the label's logit.
-  const float label_logit = a.ce_weight != 0 ? rows.student.entry(static_cast<int>(in.label)) : 0.0f;
+  const float label_logit = a.loss.ce_weight != 0 ? rows.student.entry(static_cast<int>(in.label)) : 0.0f;
   terms.prepare(rows);
   Term<float> sum = row_sums(rows, terms, softmaxes, output, scratch);
   if (terms.inexact(sum)) {  // rare, and of interpolated alone
@@ -261,9 +262,9 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) divergence_kernel(const D
   const int phase = a.gradient ? gradient.phase() : student.phase();
   const RowOutput<T, Rows::N> output{a, row, gradient, phase, cluster};
 
-  const RowInputs in = RowInputs::of(a, row);
-  const bool skipped = in.skipped(a);
-  if (skipped || !in.legal(a) || !TermsOf<Member>::legal(in.parameters)) {
+  const RowInputs in = RowInputs::of(a.loss, row);
+  const bool skipped = in.skipped(a.loss);
+  if (skipped || !in.legal(a.loss, a.student_vocab) || !TermsOf<Member>::legal(in.parameters)) {
     return output.fill(skipped ? 0.0f : CUDART_NAN_F);
   }
   cluster.arrive();

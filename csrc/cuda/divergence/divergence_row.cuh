@@ -6,6 +6,7 @@
 #include "../../math/divergence.h"
 #include "../../math/row_layout.h"
 #include "../row/cluster_reduce.cuh"
+#include "../row/loss_inputs.cuh"
 #include "../row/row_pair.cuh"
 
 namespace distillm {
@@ -18,17 +19,9 @@ struct DivergenceArguments {
   int32_t student_vocab, teacher_vocab;  // entries to use
   int32_t gradient_vocab;                // entries of a gradient row, those from student_vocab on are 0
   ElementType student_type, teacher_type;
-  int32_t staged_turns,
-      kept_turns;         // what dynamic shared memory has room for (row_pair.cuh), kept_turns <= staged_turns
-  const int64_t* labels;  // null when absent, like the next three
-  const float* weight;
-  const float* alpha_rows;
-  const float* cap;
-  float* loss;
-  float* metrics;  // [rows, 3], null when not asked for
-  int64_t ignore_index;
-  float alpha, beta, inverse_temperature, ce_weight;
-  int32_t detach_mixture;
+  int32_t staged_turns, kept_turns;  // what dynamic shared memory has room for (row_pair.cuh), kept <= staged
+  float* metrics;                    // [rows, 3], null when not asked for
+  LossArguments loss;
 };
 
 // Maps a logit to its base-2 log-probability, (z - reference) * scale - rest. The reference is the logarithm of the sum
@@ -51,27 +44,6 @@ struct Softmax {
   __device__ float log2_probability(float z) const { return fmaf(z - reference, scale, -rest); }
 };
 
-// The side inputs of a row.
-struct RowInputs {
-  float weight, cap;
-  int64_t label;
-  RowParameters<float> parameters;
-
-  __device__ static RowInputs of(const DivergenceArguments& a, int64_t row) {
-    return {a.weight ? a.weight[row] : 1.0f,
-            a.cap ? a.cap[row] : CUDART_INF_F,
-            a.labels ? a.labels[row] : 0,
-            {a.alpha_rows ? a.alpha_rows[row] : a.alpha, a.beta, a.detach_mixture != 0}};
-  }
-  __device__ bool skipped(const DivergenceArguments& a) const {
-    return weight == 0 || (a.labels && label == a.ignore_index);
-  }
-  __device__ bool legal(const DivergenceArguments& a) const {
-    const bool label_legal = a.ce_weight == 0 || (label >= 0 && label < a.student_vocab);
-    return weight == weight && cap >= 0 && label_legal;
-  }
-};
-
 // The softmax of both sides, and of the student at T = 1 for the cross-entropy where T is another.
 struct RowSoftmaxes {
   Softmax q, p, unit;
@@ -86,9 +58,9 @@ struct RowLoss {
   __device__ static RowLoss of(const DivergenceArguments& a, const RowInputs& in, float divergence,
                                float cross_entropy) {
     const bool capped = divergence > in.cap, infinite = divergence == CUDART_INF_F;
-    const float uncapped = a.ce_weight != 0 ? a.ce_weight * cross_entropy : 0.0f;
+    const float uncapped = a.loss.ce_weight != 0 ? a.loss.ce_weight * cross_entropy : 0.0f;
     return {in.weight * ((capped ? in.cap : divergence) + uncapped), capped || infinite,
-            uncapped == CUDART_INF_F ? 0.0f : a.ce_weight};
+            uncapped == CUDART_INF_F ? 0.0f : a.loss.ce_weight};
   }
 };
 
@@ -105,10 +77,10 @@ struct GradientTerms {
 
   __device__ static GradientTerms of(const DivergenceArguments& a, const RowInputs& in, const RowSoftmaxes& softmaxes,
                                      float sum_g, const RowLoss& loss) {
-    const float g_scale = in.weight * a.inverse_temperature, label_scale = in.weight * loss.ce_weight;
-    const bool own_unit = a.inverse_temperature != 1;
+    const float g_scale = in.weight * a.loss.inverse_temperature, label_scale = in.weight * loss.ce_weight;
+    const bool own_unit = a.loss.inverse_temperature != 1;
     const float q_scale = (loss.constant ? 0.0f : -g_scale * sum_g) + (own_unit ? 0.0f : label_scale);
-    const int label = a.ce_weight != 0 ? static_cast<int>(in.label) : INT32_MIN;
+    const int label = a.loss.ce_weight != 0 ? static_cast<int>(in.label) : INT32_MIN;
     return {softmaxes.q, softmaxes.unit, g_scale,      q_scale, own_unit ? label_scale : 0.0f,
             label_scale, label,          loss.constant};
   }

@@ -44,26 +44,22 @@ LogprobDivergenceArguments arguments_of(const LogprobDivergenceCall& call) {
           static_cast<float>(call.floor)};
 }
 
-std::tuple<Tensor, Tensor> logprob_divergence(const Tensor& student, const Tensor& teacher,
-                                              const std::optional<Tensor>& weight, std::string name, double beta,
-                                              std::optional<double> probability_floor, bool need_gradient) {
-  const DeviceScope device(student);
-  const LogprobDivergenceTensors t =
-      prepare_logprob_divergence(student, teacher, weight, std::move(name), beta, probability_floor, need_gradient);
-  const LogprobDivergenceCall& call = t.call;
-  const Kernel kernel = kernel_of(call);
-  STD_TORCH_CHECK(kernel, "divergence '", call.divergence, "' is none of forward_kl, reverse_kl, generalized_js");
-  check_grid(call.rows, call.vocab);
-  if (call.rows > 0) {
+struct Cuda {
+  static Tensor new_gradient(const Tensor& like) { return torch_empty_like(like); }
+
+  static void run(const LogprobDivergenceTensors& t) {
+    const LogprobDivergenceCall& call = t.call;
+    const Kernel kernel = kernel_of(call);
+    STD_TORCH_CHECK(kernel, "divergence '", call.divergence, "' is none of forward_kl, reverse_kl, generalized_js");
+    check_grid(call.rows, call.vocab);
+    if (call.rows == 0) return;
+    const DeviceScope device(t.student);
     kernel<<<static_cast<unsigned>(call.rows), kLogprobThreads, 0, device.stream()>>>(arguments_of(call));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  return {t.loss, t.gradient};
-}
+};
 
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) {
-  m.impl("logprob_divergence", TORCH_BOX(&distillm::logprob_divergence));
-}
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { distillm::LogprobDivergenceOp<distillm::Cuda>::register_in(m); }

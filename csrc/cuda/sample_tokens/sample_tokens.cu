@@ -59,22 +59,13 @@ void launch(const SampleTensors& t, const DeviceScope& device) {
   launch_rows(kernel.function, made, t.call.rows, arguments, device);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(
-    const Tensor& logits, const std::optional<Tensor>& temperature_rows, const std::optional<Tensor>& top_k_rows,
-    const std::optional<Tensor>& top_p_rows, const std::optional<Tensor>& min_p_rows,
-    const std::optional<Tensor>& penalty_rows, const std::optional<Tensor>& seed_rows,
-    const std::optional<Tensor>& position_rows, const std::optional<Tensor>& previous,
-    const std::optional<Tensor>& banned, const std::optional<Tensor>& bits, double temperature, int64_t top_k,
-    double top_p, double min_p, double penalty, int64_t seed, int64_t position) {
-  const DeviceScope device(logits);
-  const SampleTensors t = prepare_sample({logits, temperature_rows, top_k_rows, top_p_rows, min_p_rows, penalty_rows,
-                                          seed_rows, position_rows, previous, banned, bits},
-                                         temperature, top_k, top_p, min_p, penalty, seed, position);
-  if (t.call.rows > 0) launch(t, device);
-  return t.outputs();
-}
+struct Cuda {
+  static void run(const SampleTensors& t) {
+    if (t.call.rows > 0) launch(t, DeviceScope(t.in.logits));
+  }
+};
 
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { m.impl("sample_tokens", TORCH_BOX(&distillm::sample_tokens)); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { distillm::SampleTokensOp<distillm::Cuda>::register_in(m); }

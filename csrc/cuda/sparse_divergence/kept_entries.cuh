@@ -6,6 +6,7 @@
 
 #include "../../math/row_layout.h"
 #include "../../math/sparse_divergence.h"
+#include "../row/loss_inputs.cuh"
 #include "../row/reduce.cuh"
 #include "../row/row_pair.cuh"
 
@@ -26,14 +27,7 @@ struct SparseDivergenceArguments {
   const float* log_norm;  // [R]
   const float* tail_logprob;
   const int32_t* counts;  // null where the tail is not sampled
-  const int64_t* labels;  // null when absent, like the next three
-  const float* weight;
-  const float* alpha_rows;
-  const float* cap;
-  float* loss;
-  int64_t ignore_index;
-  float alpha, beta, inverse_temperature, ce_weight;
-  int32_t detach_mixture;
+  LossArguments loss;
 };
 
 // Dynamic shared memory, in this order: staged chunks (16 bytes each), the arrays below.
@@ -69,7 +63,7 @@ __device__ inline void load_kept(const KeptShared& kept, const SparseDivergenceA
   for (int k = threadIdx.x; k < a.kept; k += blockDim.x) {
     const int64_t at = row * a.kept + k;
     const int32_t id = a.ids[at];
-    const float log2_p = (a.logprobs[at] * a.inverse_temperature - log_norm) * static_cast<float>(kLog2E);
+    const float log2_p = (a.logprobs[at] * a.loss.inverse_temperature - log_norm) * static_cast<float>(kLog2E);
     const int32_t count = a.counts ? a.counts[at] : 1;
     // A sampled entry needs a count and a probability.
     const bool drawn = !a.counts || (count > 0 && exp2_fast(log2_p) != 0);

@@ -33,7 +33,6 @@ SparseKernel kernel_for(ScalarType type) {
 
 SparseDivergenceArguments arguments_of(const SparseDivergenceCall& call, KeptForm form, const SparsePlan& plan) {
   const DivergenceCall& dense = call.dense;
-  const DivergenceOptions& options = dense.options;
   return {dense.student,
           dense.gradient,
           dense.student_rows,
@@ -51,25 +50,11 @@ SparseDivergenceArguments arguments_of(const SparseDivergenceCall& call, KeptFor
           static_cast<const float*>(call.log_norm),
           static_cast<const float*>(call.tail_logprob),
           call.counts,
-          dense.labels,
-          static_cast<const float*>(dense.weight),
-          static_cast<const float*>(dense.alpha),
-          static_cast<const float*>(dense.cap),
-          static_cast<float*>(dense.loss),
-          options.ignore_index,
-          static_cast<float>(options.alpha),
-          static_cast<float>(options.beta),
-          static_cast<float>(1 / options.temperature),
-          static_cast<float>(options.ce_weight),
-          options.detach_mixture};
+          LossArguments::of(dense)};
 }
 
-void run(const SparseDivergenceTensors& t, const DeviceScope& device) {
+void launch(const SparseDivergenceTensors& t, KeptForm form, const DeviceScope& device) {
   const DivergenceCall& dense = t.call.dense;
-  const KeptForm form = form_of(dense.options.divergence, t.call.tail);
-  STD_TORCH_CHECK(form != KeptForm::kNone, "divergence '", dense.options.divergence,
-                  "' has no CUDA kernel for this tail");
-  if (dense.rows == 0) return;
   check_grid(dense.rows, dense.gradient_vocab);
   const int64_t optin = device.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const SparsePlan plan = plan_sparse_divergence(dense.student_vocab, t.student.element_size(), t.call.kept,
@@ -84,40 +69,18 @@ void run(const SparseDivergenceTensors& t, const DeviceScope& device) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-std::tuple<Tensor, Tensor> sparse_divergence(
-    const Tensor& student, const Tensor& ids, const Tensor& logprobs, const Tensor& log_norm,
-    const Tensor& tail_logprob, const std::optional<Tensor>& counts, const std::optional<Tensor>& labels,
-    const std::optional<Tensor>& weight, const std::optional<Tensor>& alpha_rows, const std::optional<Tensor>& cap,
-    std::string name, std::string tail, double alpha, double beta, double temperature, double ce_weight,
-    int64_t ignore_index, bool detach_mixture, int64_t vocab_size, int64_t teacher_vocab, bool need_gradient) {
-  const DeviceScope device(student);
-  const SparseDivergenceTensors t = prepare_sparse_divergence(
-      student, {ids, logprobs, log_norm, tail_logprob, counts, teacher_vocab}, labels, weight, alpha_rows, cap, tail,
-      {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
-      need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere);
-  run(t, device);
-  return {t.loss, t.gradient};
-}
+struct Cuda {
+  static Tensor new_gradient(const Tensor& like) { return torch_empty_like(like); }
 
-Tensor sparse_divergence_(Tensor student, const Tensor& ids, const Tensor& logprobs, const Tensor& log_norm,
-                          const Tensor& tail_logprob, const std::optional<Tensor>& counts,
-                          const std::optional<Tensor>& labels, const std::optional<Tensor>& weight,
-                          const std::optional<Tensor>& alpha_rows, const std::optional<Tensor>& cap, std::string name,
-                          std::string tail, double alpha, double beta, double temperature, double ce_weight,
-                          int64_t ignore_index, bool detach_mixture, int64_t vocab_size, int64_t teacher_vocab) {
-  const DeviceScope device(student);
-  const SparseDivergenceTensors t = prepare_sparse_divergence(
-      student, {ids, logprobs, log_norm, tail_logprob, counts, teacher_vocab}, labels, weight, alpha_rows, cap, tail,
-      {std::move(name), alpha, beta, temperature, ce_weight, ignore_index, detach_mixture, vocab_size},
-      GradientTo::kStudent);
-  run(t, device);
-  return t.loss;
-}
+  static void run(const SparseDivergenceTensors& t) {
+    const std::string& name = t.call.dense.options.divergence;
+    const KeptForm form = form_of(name, t.call.tail);
+    STD_TORCH_CHECK(form != KeptForm::kNone, "divergence '", name, "' has no CUDA kernel for this tail");
+    if (t.call.dense.rows > 0) launch(t, form, DeviceScope(t.student));
+  }
+};
 
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) {
-  m.impl("sparse_divergence", TORCH_BOX(&distillm::sparse_divergence));
-  m.impl("sparse_divergence_", TORCH_BOX(&distillm::sparse_divergence_));
-}
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { distillm::SparseDivergenceOps<distillm::Cuda>::register_in(m); }

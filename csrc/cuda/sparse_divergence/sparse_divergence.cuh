@@ -33,8 +33,8 @@ template <class Student>
 __device__ SparseStatistics sparse_statistics(const StudentRow<Student>& row, const KeptShared& kept,
                                               const SparseDivergenceArguments& a, float drawn, SparseScratch& scratch) {
   constexpr int N = StudentRow<Student>::N;
-  const float unit_scale = static_cast<float>(kLog2E), scale = unit_scale * a.inverse_temperature;
-  const bool own_unit = a.ce_weight != 0 && a.inverse_temperature != 1;
+  const float unit_scale = static_cast<float>(kLog2E), scale = unit_scale * a.loss.inverse_temperature;
+  const bool own_unit = a.loss.ce_weight != 0 && a.loss.inverse_temperature != 1;
   SparseStatistics s;
   row.first_visit([&](int chunk, float (&z)[N]) {
     if (own_unit) s.unit.add(z, unit_scale);
@@ -73,28 +73,17 @@ struct LogSoftmax {
 };
 
 // The side inputs of a row.
-struct SparseInputs {
-  float weight, cap, log_norm, tail_logprob;
-  int64_t label;
-  RowParameters<float> parameters;
+struct SparseInputs : RowInputs {
+  float log_norm, tail_logprob;
 
   __device__ SparseInputs(const SparseDivergenceArguments& a, int64_t row)
-      : weight(a.weight ? a.weight[row] : 1.0f),
-        cap(a.cap ? a.cap[row] : INFINITY),
-        log_norm(a.log_norm[row]),
-        tail_logprob(a.tail_logprob[row]),
-        label(a.labels ? a.labels[row] : 0),
-        parameters{a.alpha_rows ? a.alpha_rows[row] : a.alpha, a.beta, a.detach_mixture != 0} {}
+      : RowInputs(RowInputs::of(a.loss, row)), log_norm(a.log_norm[row]), tail_logprob(a.tail_logprob[row]) {}
 
-  __device__ bool skipped(const SparseDivergenceArguments& a) const {
-    return weight == 0 || (a.labels && label == a.ignore_index);
-  }
   __device__ bool legal(const SparseDivergenceArguments& a) const {
-    const bool label_legal = a.ce_weight == 0 || (label >= 0 && label < a.student_vocab);
     const bool tail_legal = a.tail != Tail::kBucket || tail_logprob < INFINITY;
     const RowParameters<float> row = parameters;
     const bool form_legal = with_form(static_cast<KeptForm>(a.form), row, [=](auto terms) { return terms.legal(row); });
-    return weight == weight && cap >= 0 && fabsf(log_norm) < INFINITY && label_legal && tail_legal && form_legal;
+    return RowInputs::legal(a.loss, a.student_vocab) && fabsf(log_norm) < INFINITY && tail_legal && form_legal;
   }
 };
 
@@ -135,13 +124,13 @@ struct SparseGradient {
         unit(unit),
         tail(0),
         unit_scale(0),
-        g_scale(constant ? 0.0f : weight * a.inverse_temperature),
+        g_scale(constant ? 0.0f : weight * a.loss.inverse_temperature),
         sum_g(g_kept + g_bucket),
         label_scale(weight * ce_weight) {
     if (s.off.sum == 0) off.log2_sum = 0;  // nothing off S: its entries are 0, not 0 / 0
     // A constant divergence may have an infinite G. Over S alone an entry off S has no part in it.
     if (!constant && a.tail != Tail::kRenormalize) tail = g_scale * (g_bucket - r * sum_g);
-    const bool own_unit = a.inverse_temperature != 1;
+    const bool own_unit = a.loss.inverse_temperature != 1;
     if (own_unit) unit_scale = label_scale;
     if (!own_unit) tail += label_scale * r;
   }
@@ -169,10 +158,10 @@ __device__ void put_right(const SparseDivergenceArguments& a, const KeptShared& 
   for (int k = threadIdx.x; k < a.kept; k += blockDim.x) {
     const int32_t id = kept.ids[k];
     if (!kept.counts(k) || id >= a.student_vocab) continue;
-    const bool is_label = a.ce_weight != 0 && id == label;
+    const bool is_label = a.loss.ce_weight != 0 && id == label;
     Packing<Student>::store(gradient + id, term.on_kept(kept.z[k], kept.log2_p[k], is_label));
   }
-  if (a.ce_weight == 0 || threadIdx.x > 0 || kept.member(static_cast<int>(label) + phase)) return;
+  if (a.loss.ce_weight == 0 || threadIdx.x > 0 || kept.member(static_cast<int>(label) + phase)) return;
   float out[1];
   term.off_kept<1>({label_logit}, out);
   Packing<Student>::store(gradient + label, out[0] - term.label_scale);
@@ -205,7 +194,7 @@ struct SparseValue {
 
 __device__ inline SparseValue sparse_value(const KeptShared& kept, const SparseDivergenceArguments& a,
                                            const SparseInputs& in, const SparseStatistics& s, SparseScratch& scratch) {
-  const float scale = static_cast<float>(kLog2E) * a.inverse_temperature;
+  const float scale = static_cast<float>(kLog2E) * a.loss.inverse_temperature;
   const bool over_kept = a.tail == Tail::kRenormalize;
   const LogSoftmax q = LogSoftmax::of(over_kept ? s.on : s.all, scale);
   const float log2_norm = over_kept ? s.teacher.maximum + log2f(s.teacher.sum) : 0.0f;
@@ -233,12 +222,12 @@ __global__ void __launch_bounds__(kSparseBlockThreads, 2) sparse_divergence_kern
   const int phase = phase_of<Student, N>(gradient ? gradient : logits.row);
 
   const auto constant_row = [&](float value) {
-    if (threadIdx.x == 0) a.loss[row] = value;
+    if (threadIdx.x == 0) a.loss.values[row] = value;
     if (gradient) fill_chunks(gradient, a.student_vocab, phase, value);
   };
   if (gradient) fill_entries(gradient, a.student_vocab, a.gradient_vocab, 0.0f);
   const SparseInputs in(a, row);
-  const bool skipped = in.skipped(a);
+  const bool skipped = in.skipped(a.loss);
   if (skipped || !in.legal(a)) return constant_row(skipped ? 0.0f : NAN);
 
   const StudentRow<Student> student(logits, phase, slots, a.staged_chunks);
@@ -248,7 +237,7 @@ __global__ void __launch_bounds__(kSparseBlockThreads, 2) sparse_divergence_kern
   insert_kept(kept, a);
   __syncthreads();
   const float drawn = gather_kept(kept, a, logits, phase);
-  const float label_logit = a.ce_weight != 0 ? logits.entry(static_cast<int>(in.label)) : 0.0f;
+  const float label_logit = a.loss.ce_weight != 0 ? logits.entry(static_cast<int>(in.label)) : 0.0f;
   __syncthreads();
 
   const SparseStatistics s = sparse_statistics(student, kept, a, drawn, scratch);
@@ -259,13 +248,14 @@ __global__ void __launch_bounds__(kSparseBlockThreads, 2) sparse_divergence_kern
   const SparseValue value = sparse_value(kept, a, in, s, scratch);
   const LogSoftmax unit = LogSoftmax::of(s.unit, static_cast<float>(kLog2E));
   const bool capped = value.divergence > in.cap, constant = capped || value.divergence == INFINITY;
-  const float cross_entropy = a.ce_weight != 0 ? -a.ce_weight * unit(label_logit) * static_cast<float>(kLn2) : 0.0f;
+  const float cross_entropy =
+      a.loss.ce_weight != 0 ? -a.loss.ce_weight * unit(label_logit) * static_cast<float>(kLn2) : 0.0f;
   const float loss = in.weight * ((capped ? in.cap : value.divergence) + cross_entropy);
   if (loss != loss || !gradient) return constant_row(loss);
 
-  if (threadIdx.x == 0) a.loss[row] = loss;
+  if (threadIdx.x == 0) a.loss.values[row] = loss;
   const SparseGradient term(a, s, value.q, unit, in.weight, value.r, value.g_kept, value.g_bucket, constant,
-                            cross_entropy == INFINITY ? 0.0f : a.ce_weight);
+                            cross_entropy == INFINITY ? 0.0f : a.loss.ce_weight);
   student.second_visit([&](int chunk, const float (&z)[N]) {
     float out[N];
     term.off_kept(z, out);

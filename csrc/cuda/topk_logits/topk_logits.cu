@@ -89,30 +89,27 @@ Launch next_launch(const TopkLogitsCall& call, TopkLogitsArguments a, int first)
   return {a, slots};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logits(
-    const Tensor& logits, const std::optional<Tensor>& labels, const std::optional<Tensor>& position, int64_t k,
-    std::vector<double> temperatures, int64_t seed) {
-  const DeviceScope device(logits);
-  const TopkLogitsTensors t = prepare_topk_logits(logits, labels, position, k, std::move(temperatures));
-  const TopkLogitsCall call = t.call(k, seed);
-  if (call.rows == 0) return t.outputs();
-  check_grid(call.rows, call.vocab);
-  TopkLogitsArguments a = arguments_of(call);
-  Tensor workspace = t.ids;  // kept until the launches are queued
-  if (k > 1024) {            // more candidates than shared memory holds
-    const int64_t words = static_cast<int64_t>(a.capacity) * (position ? 2 : 1);
-    workspace = torch::stable::new_empty(t.ids, {call.rows, words}, ScalarType::Long);
-    a.workspace = static_cast<uint64_t*>(workspace.data_ptr());
+struct Cuda {
+  static void run(const TopkLogitsTensors& t, const TopkLogitsCall& call) {
+    if (call.rows == 0) return;
+    check_grid(call.rows, call.vocab);
+    const DeviceScope device(t.logits);
+    TopkLogitsArguments a = arguments_of(call);
+    Tensor workspace = t.ids;  // kept until the launches are queued
+    if (call.k > 1024) {       // more candidates than shared memory holds
+      const int64_t words = static_cast<int64_t>(a.capacity) * (call.position ? 2 : 1);
+      workspace = torch::stable::new_empty(t.ids, {call.rows, words}, ScalarType::Long);
+      a.workspace = static_cast<uint64_t*>(workspace.data_ptr());
+    }
+    for (int first = 0; first < call.temperature_count;) {
+      const Launch next = next_launch(call, a, first);
+      launch(next, call, device);
+      first += next.arguments.output_count;
+    }
   }
-  for (int first = 0; first < call.temperature_count;) {
-    const Launch next = next_launch(call, a, first);
-    launch(next, call, device);
-    first += next.arguments.output_count;
-  }
-  return t.outputs();
-}
+};
 
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { m.impl("topk_logits", TORCH_BOX(&distillm::topk_logits)); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { distillm::TopkLogitsOp<distillm::Cuda>::register_in(m); }
