@@ -36,11 +36,10 @@ struct DivergenceOptions {
   int64_t vocab_size;
 };
 
-// Types of the arguments of a boxed function.
 template <class... T>
 struct Types {};
 
-// Those of DivergenceOptions, without the name of the divergence.
+// Of its fields after the name, as the signatures below list them.
 using OptionTypes = Types<double, double, double, double, int64_t, bool, int64_t>;
 
 // The side inputs of the rows, [R] each.
@@ -75,7 +74,7 @@ struct DivergenceCall {
   DivergenceOptions options;
 };
 
-// Keeps what a call points into alive, but for the teacher's side.
+// Keeps what a call points into alive, but for the teacher.
 struct LossTensors {
   Tensor student;
   RowSides sides;
@@ -103,8 +102,8 @@ inline void check_options(const DivergenceOptions& options, int64_t widest, cons
 }
 
 // Checks the student and the side inputs, brings their layouts into the form above and allocates loss and gradient.
-inline void fill(LossTensors& t, const Tensor& student, const RowSides& sides, GradientTo gradient_to,
-                 NewGradient allocate) {
+inline void prepare_loss(LossTensors& t, const Tensor& student, const RowSides& sides, GradientTo gradient_to,
+                         NewGradient allocate) {
   STD_TORCH_CHECK(gradient_to != GradientTo::kStudent || has_unit_column_stride(student),
                   "student must have stride 1 along the vocabulary to be overwritten");
   t.student = with_unit_column_stride(student);
@@ -142,7 +141,7 @@ inline DivergenceTensors prepare_divergence(const Tensor& student, const Tensor&
   check_pair(student, teacher);
   check_options(options, std::min(vocab_of(student), vocab_of(teacher)), "the narrower vocabulary", sides);
   DivergenceTensors t;
-  fill(t, student, sides, gradient_to, allocate);
+  prepare_loss(t, student, sides, gradient_to, allocate);
   t.teacher = with_unit_column_stride(teacher);
   t.metrics = need_metrics ? torch::stable::new_empty(t.loss, {rows_of(student), kMetrics})
                            : torch::stable::new_empty(t.loss, {0});
@@ -184,12 +183,6 @@ struct DivergenceOps<Backend, Types<Option...>> {
                            GradientTo::kStudent, need_metrics, Backend::new_gradient);
     Backend::run(t);
     return {t.loss, t.metrics};
-  }
-
-  template <class Library>
-  static void register_in(Library& m) {
-    m.impl("divergence", TORCH_BOX(&divergence));
-    m.impl("divergence_", TORCH_BOX(&divergence_));
   }
 };
 

@@ -80,20 +80,13 @@ inline LogprobDivergenceTensors prepare_logprob_divergence(const Tensor& student
 //   static Tensor new_gradient(const Tensor& like)               uninitialised
 //   static void run(const LogprobDivergenceTensors& tensors)     the kernel, on tensors.call
 template <class Backend>
-struct LogprobDivergenceOp {
-  static std::tuple<Tensor, Tensor> logprob_divergence(const Tensor& student, const Tensor& teacher,
-                                                       const OptionalTensor& weight, std::string name, double beta,
-                                                       std::optional<double> probability_floor, bool need_gradient) {
-    const LogprobDivergenceTensors t = prepare_logprob_divergence(
-        student, teacher, weight, std::move(name), beta, probability_floor, need_gradient, Backend::new_gradient);
-    Backend::run(t);
-    return {t.loss, t.gradient};
-  }
-
-  template <class Library>
-  static void register_in(Library& m) {
-    m.impl("logprob_divergence", TORCH_BOX(&logprob_divergence));
-  }
-};
+std::tuple<Tensor, Tensor> logprob_divergence(const Tensor& student, const Tensor& teacher,
+                                              const OptionalTensor& weight, std::string name, double beta,
+                                              std::optional<double> probability_floor, bool need_gradient) {
+  const LogprobDivergenceTensors t = prepare_logprob_divergence(
+      student, teacher, weight, std::move(name), beta, probability_floor, need_gradient, Backend::new_gradient);
+  Backend::run(t);
+  return {t.loss, t.gradient};
+}
 
 }  // namespace distillm

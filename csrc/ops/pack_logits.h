@@ -99,29 +99,22 @@ using UnpackedLogits = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 //   static void pack(const RecordTensors& tensors)       from the fields to `packed`
 //   static void unpack(const RecordTensors& tensors)     and back
 template <class Backend>
-struct PackLogitsOps {
-  static Tensor pack_logits(const Tensor& ids, const Tensor& logprobs, const Tensor& log_norm, const Tensor& tail,
-                            const OptionalTensor& label, const Tensor& valid, const OptionalTensor& counts,
-                            int64_t vocab_size, std::vector<double> temperatures, std::string codec) {
-    const RecordTensors t = prepare_pack(ids, logprobs, log_norm, tail, label, valid, counts,
-                                         {std::move(codec), vocab_size, std::move(temperatures)});
-    Backend::pack(t);
-    return t.packed;
-  }
+Tensor pack_logits(const Tensor& ids, const Tensor& logprobs, const Tensor& log_norm, const Tensor& tail,
+                   const OptionalTensor& label, const Tensor& valid, const OptionalTensor& counts, int64_t vocab_size,
+                   std::vector<double> temperatures, std::string codec) {
+  const RecordTensors t = prepare_pack(ids, logprobs, log_norm, tail, label, valid, counts,
+                                       {std::move(codec), vocab_size, std::move(temperatures)});
+  Backend::pack(t);
+  return t.packed;
+}
 
-  static UnpackedLogits unpack_logits(const Tensor& packed, std::string codec, int64_t k, int64_t vocab_size,
-                                      std::vector<double> temperatures, bool has_labels, bool has_counts) {
-    const RecordTensors t =
-        prepare_unpack(packed, k, has_labels, has_counts, {std::move(codec), vocab_size, std::move(temperatures)});
-    Backend::unpack(t);
-    return {t.ids, t.logprobs, t.log_norm, t.tail, t.label, t.valid, t.counts};
-  }
-
-  template <class Library>
-  static void register_in(Library& m) {
-    m.impl("pack_logits", TORCH_BOX(&pack_logits));
-    m.impl("unpack_logits", TORCH_BOX(&unpack_logits));
-  }
-};
+template <class Backend>
+UnpackedLogits unpack_logits(const Tensor& packed, std::string codec, int64_t k, int64_t vocab_size,
+                             std::vector<double> temperatures, bool has_labels, bool has_counts) {
+  const RecordTensors t =
+      prepare_unpack(packed, k, has_labels, has_counts, {std::move(codec), vocab_size, std::move(temperatures)});
+  Backend::unpack(t);
+  return {t.ids, t.logprobs, t.log_norm, t.tail, t.label, t.valid, t.counts};
+}
 
 }  // namespace distillm

@@ -125,24 +125,17 @@ inline SampleTensors prepare_sample(SampleInputs in, double temperature, int64_t
 // The operator on a backend, which supplies
 //   static void run(const SampleTensors& tensors)     the kernel, on tensors.call
 template <class Backend>
-struct SampleTokensOp {
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(
-      const Tensor& logits, const OptionalTensor& temperature_rows, const OptionalTensor& top_k_rows,
-      const OptionalTensor& top_p_rows, const OptionalTensor& min_p_rows, const OptionalTensor& penalty_rows,
-      const OptionalTensor& seed_rows, const OptionalTensor& position_rows, const OptionalTensor& previous,
-      const OptionalTensor& banned, const OptionalTensor& bits, double temperature, int64_t top_k, double top_p,
-      double min_p, double penalty, int64_t seed, int64_t position) {
-    const SampleTensors t = prepare_sample({logits, temperature_rows, top_k_rows, top_p_rows, min_p_rows, penalty_rows,
-                                            seed_rows, position_rows, previous, banned, bits},
-                                           temperature, top_k, top_p, min_p, penalty, seed, position);
-    Backend::run(t);
-    return {t.token, t.logprob, t.filtered_logprob, t.valid};
-  }
-
-  template <class Library>
-  static void register_in(Library& m) {
-    m.impl("sample_tokens", TORCH_BOX(&sample_tokens));
-  }
-};
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(
+    const Tensor& logits, const OptionalTensor& temperature_rows, const OptionalTensor& top_k_rows,
+    const OptionalTensor& top_p_rows, const OptionalTensor& min_p_rows, const OptionalTensor& penalty_rows,
+    const OptionalTensor& seed_rows, const OptionalTensor& position_rows, const OptionalTensor& previous,
+    const OptionalTensor& banned, const OptionalTensor& bits, double temperature, int64_t top_k, double top_p,
+    double min_p, double penalty, int64_t seed, int64_t position) {
+  const SampleTensors t = prepare_sample({logits, temperature_rows, top_k_rows, top_p_rows, min_p_rows, penalty_rows,
+                                          seed_rows, position_rows, previous, banned, bits},
+                                         temperature, top_k, top_p, min_p, penalty, seed, position);
+  Backend::run(t);
+  return {t.token, t.logprob, t.filtered_logprob, t.valid};
+}
 
 }  // namespace distillm

@@ -81,7 +81,7 @@ inline SparseDivergenceTensors prepare_sparse_divergence(const Tensor& student, 
   const int64_t rows = rows_of(student), kept = teacher.ids.size(1);
   const ScalarType type = loss_type(student.scalar_type());
   SparseDivergenceTensors t;
-  fill(t, student, sides, gradient_to, allocate);
+  prepare_loss(t, student, sides, gradient_to, allocate);
   t.ids = checked_kept(teacher.ids, "ids", rows, kept, ScalarType::Int, student);
   t.logprobs = checked_kept(teacher.logprobs, "logprobs", rows, kept, type, student);
   if (tail == Tail::kSampled) t.counts = checked_kept(*teacher.counts, "counts", rows, kept, ScalarType::Int, student);
@@ -130,12 +130,6 @@ struct SparseDivergenceOps<Backend, Types<Option...>> {
         tail_of(tail), {std::move(name), options...}, GradientTo::kStudent, Backend::new_gradient);
     Backend::run(t);
     return t.loss;
-  }
-
-  template <class Library>
-  static void register_in(Library& m) {
-    m.impl("sparse_divergence", TORCH_BOX(&sparse_divergence));
-    m.impl("sparse_divergence_", TORCH_BOX(&sparse_divergence_));
   }
 };
 

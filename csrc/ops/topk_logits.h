@@ -7,7 +7,7 @@
 //
 // Without position the k most probable entries are kept. With it, k entries are drawn by systematic sampling from
 // (seed, position of the row), and counts says how often each was. label_logprob without labels and counts without
-// position are empty. What the fields mean, padding and bad rows: distillm_ext/containers_compressed.py.
+// position are empty. What the fields mean, padding and bad rows: distillm_ext/compressed_logits.py.
 #pragma once
 
 #include "../math/limits.h"
@@ -102,19 +102,12 @@ inline TopkLogitsTensors prepare_topk_logits(const Tensor& logits, const Optiona
 // The operator on a backend, which supplies
 //   static void run(const TopkLogitsTensors& tensors, const TopkLogitsCall& call)     the kernel
 template <class Backend>
-struct TopkLogitsOp {
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logits(
-      const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& position, int64_t k,
-      std::vector<double> temperatures, int64_t seed) {
-    const TopkLogitsTensors t = prepare_topk_logits(logits, labels, position, k, std::move(temperatures));
-    Backend::run(t, t.call(k, seed));
-    return {t.ids, t.logprobs, t.log_norm, t.tail_logprob, t.label_logprob, t.valid, t.counts};
-  }
-
-  template <class Library>
-  static void register_in(Library& m) {
-    m.impl("topk_logits", TORCH_BOX(&topk_logits));
-  }
-};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logits(
+    const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& position, int64_t k,
+    std::vector<double> temperatures, int64_t seed) {
+  const TopkLogitsTensors t = prepare_topk_logits(logits, labels, position, k, std::move(temperatures));
+  Backend::run(t, t.call(k, seed));
+  return {t.ids, t.logprobs, t.log_norm, t.tail_logprob, t.label_logprob, t.valid, t.counts};
+}
 
 }  // namespace distillm

@@ -21,4 +21,7 @@ struct Cpu {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { distillm::DivergenceOps<distillm::Cpu>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) {
+  m.impl("divergence", TORCH_BOX(&distillm::DivergenceOps<distillm::Cpu>::divergence));
+  m.impl("divergence_", TORCH_BOX(&distillm::DivergenceOps<distillm::Cpu>::divergence_));
+}

@@ -23,4 +23,6 @@ struct Cpu {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { distillm::LogprobDivergenceOp<distillm::Cpu>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) {
+  m.impl("logprob_divergence", TORCH_BOX(&distillm::logprob_divergence<distillm::Cpu>));
+}

@@ -33,4 +33,7 @@ struct Cpu {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { distillm::PackLogitsOps<distillm::Cpu>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) {
+  m.impl("pack_logits", TORCH_BOX(&distillm::pack_logits<distillm::Cpu>));
+  m.impl("unpack_logits", TORCH_BOX(&distillm::unpack_logits<distillm::Cpu>));
+}

@@ -15,4 +15,6 @@ struct Cpu {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { distillm::SampleTokensOp<distillm::Cpu>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) {
+  m.impl("sample_tokens", TORCH_BOX(&distillm::sample_tokens<distillm::Cpu>));
+}

@@ -23,4 +23,7 @@ struct Cpu {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { distillm::SparseDivergenceOps<distillm::Cpu>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) {
+  m.impl("sparse_divergence", TORCH_BOX(&distillm::SparseDivergenceOps<distillm::Cpu>::sparse_divergence));
+  m.impl("sparse_divergence_", TORCH_BOX(&distillm::SparseDivergenceOps<distillm::Cpu>::sparse_divergence_));
+}

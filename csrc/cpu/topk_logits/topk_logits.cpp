@@ -15,4 +15,6 @@ struct Cpu {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) { distillm::TopkLogitsOp<distillm::Cpu>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CPU, m) {
+  m.impl("topk_logits", TORCH_BOX(&distillm::topk_logits<distillm::Cpu>));
+}

@@ -90,4 +90,7 @@ struct Cuda {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { distillm::DivergenceOps<distillm::Cuda>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) {
+  m.impl("divergence", TORCH_BOX(&distillm::DivergenceOps<distillm::Cuda>::divergence));
+  m.impl("divergence_", TORCH_BOX(&distillm::DivergenceOps<distillm::Cuda>::divergence_));
+}

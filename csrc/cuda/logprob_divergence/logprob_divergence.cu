@@ -62,4 +62,6 @@ struct Cuda {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { distillm::LogprobDivergenceOp<distillm::Cuda>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) {
+  m.impl("logprob_divergence", TORCH_BOX(&distillm::logprob_divergence<distillm::Cuda>));
+}

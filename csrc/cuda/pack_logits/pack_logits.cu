@@ -51,4 +51,7 @@ struct Cuda {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { distillm::PackLogitsOps<distillm::Cuda>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) {
+  m.impl("pack_logits", TORCH_BOX(&distillm::pack_logits<distillm::Cuda>));
+  m.impl("unpack_logits", TORCH_BOX(&distillm::unpack_logits<distillm::Cuda>));
+}

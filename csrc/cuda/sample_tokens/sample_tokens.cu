@@ -68,4 +68,6 @@ struct Cuda {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { distillm::SampleTokensOp<distillm::Cuda>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) {
+  m.impl("sample_tokens", TORCH_BOX(&distillm::sample_tokens<distillm::Cuda>));
+}

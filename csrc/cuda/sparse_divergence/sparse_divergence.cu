@@ -83,4 +83,7 @@ struct Cuda {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { distillm::SparseDivergenceOps<distillm::Cuda>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) {
+  m.impl("sparse_divergence", TORCH_BOX(&distillm::SparseDivergenceOps<distillm::Cuda>::sparse_divergence));
+  m.impl("sparse_divergence_", TORCH_BOX(&distillm::SparseDivergenceOps<distillm::Cuda>::sparse_divergence_));
+}

@@ -112,4 +112,6 @@ struct Cuda {
 }  // namespace
 }  // namespace distillm
 
-STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) { distillm::TopkLogitsOp<distillm::Cuda>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(distillm_ext, CUDA, m) {
+  m.impl("topk_logits", TORCH_BOX(&distillm::topk_logits<distillm::Cuda>));
+}
