@@ -91,7 +91,7 @@ def timed(options: argparse.Namespace, name: str, settings: dict[str, Any], foun
     with tempfile.TemporaryDirectory() as folder:
         trainer, times = trainer_of(options, folder, **settings)
         trainer.train()
-        sizes = trainer.teaching.sizes()
+        sizes = trainer.run.teaching.sizes()
         sources = [entry["batch_source"] for entry in trainer.state.log_history if "batch_source" in entry]
     steps = times.times[1:]  # the first one allocates
     if settings.get("policy") == "adaptive_off_policy":

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree  # noqa: PLC2701  (torch has no public name for it)
 
-METHODS = ("topk", "sample")
+from .ops.extension import require_backend
+from .record_format import FIELDS, pack_fields, unpack_fields
+
 PADDING_ID = -1
 
 # What follows the position dimensions in each field.
@@ -112,9 +114,10 @@ class CompressedLogits:
 
     def pack(self, codec: str = "q8") -> Tensor:
         """Bytes [..., bytes] uint8; codecs and their errors: `distillm_ext.packing.pack`."""
-        from .packing import pack
-
-        return pack(self, codec)
+        require_backend(self.device, "compressed")
+        rows = self.flatten()
+        packed = pack_fields({name: getattr(rows, name) for name in FIELDS}, codec, self.vocab_size, self.temperatures)
+        return packed.reshape(*self.shape, packed.shape[1])
 
     @staticmethod
     def unpack(
@@ -123,13 +126,14 @@ class CompressedLogits:
         codec: str,
         k: int,
         vocab_size: int,
-        temperatures: tuple[float, ...] = (1.0,),
+        temperatures: Sequence[float] = (1.0,),
         method: str = "topk",
     ) -> CompressedLogits:
         """What `pack` was given, up to the error of the codec: `distillm_ext.packing.unpack`."""
-        from .packing import unpack
-
-        return unpack(packed, codec=codec, k=k, vocab_size=vocab_size, temperatures=temperatures, method=method)
+        require_backend(packed.device, "packed")
+        shape = packed.shape[:-1]
+        rows = packed.reshape(shape.numel(), *packed.shape[-1:])
+        return CompressedLogits(**unpack_fields(rows, codec, k, vocab_size, temperatures, method)).reshape(*shape)
 
     def _map(self, function: Callable[[Tensor, int], Tensor]) -> CompressedLogits:
         """Every tensor x becomes function(x, dimensions after those of the positions)."""

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ._codec import MAX_K
-from .checks.heads import _check_head, checked_chunk
-from .compressed_logits import METHODS, CompressedLogits
+from .checks.heads import check_head, checked_chunk
+from .compressed_logits import CompressedLogits
 from .containers import LinearHead
 from .ops.extension import require_backend
 from .ops.linear_chunks import MIN_CHUNK_ROWS, project
 from .ops.topk_logits import TopkLogits, topk_logits
+from .record_format import METHODS
 
 MAX_TEMPERATURES = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -114,7 +115,7 @@ def capture_from_hidden(
         >>> hidden, weight = torch.randn(2, 8, 128), torch.randn(32000, 128)
         >>> compressed = capture_from_hidden(hidden, weight, 64)
     """
-    _check_head(LinearHead(hidden, weight, bias, softcap, scale), ("hidden", "weight", "bias", "softcap", "scale"))
+    check_head(LinearHead(hidden, weight, bias, softcap, scale), ("hidden", "weight", "bias", "softcap", "scale"))
     if weight.dtype == torch.float64 and weight.device.type == "cuda":
         raise TypeError("weight must be float32, bfloat16 or float16 on CUDA; float64 is for the CPU.")
     require_backend(hidden.device, "hidden")

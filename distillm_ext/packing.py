@@ -37,47 +37,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .compressed_logits import METHODS, CompressedLogits
-from .ops import pack_logits as ops
-from .ops.extension import require_backend
+from .compressed_logits import CompressedLogits
+from .record_format import CODECS, record_bytes
 
-CODECS = ("q4", "q6", "q8", "fp16", "exact")
-
-
-def _checked_codec(codec: str) -> str:
-    if codec not in CODECS:
-        raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
-    return codec
-
-
-def _checked_temperatures(temperatures: Sequence[float]) -> tuple[float, ...]:
-    if isinstance(temperatures, (str, Tensor)) or not isinstance(temperatures, Sequence):
-        raise TypeError(f"temperatures must be a sequence of numbers, got {type(temperatures).__name__}")
-    return tuple(float(t) for t in temperatures)
-
-
-def record_bytes(
-    codec: str,
-    *,
-    k: int,
-    vocab_size: int,
-    temperatures: Sequence[float] = (1.0,),
-    labels: bool = True,
-    method: str = "topk",
-) -> int:
-    """Bytes of one packed position.
-
-    Raises:
-        ValueError: unknown codec or method, k outside of 1..4096, vocab_size outside of 1..2^30, bad temperatures.
-
-    Example:
-        >>> record_bytes("q8", k=64, vocab_size=151936)
-        176
-    """
-    if method not in METHODS:
-        raise ValueError(f"method must be 'topk' or 'sample', got {method!r}")
-    temperatures = _checked_temperatures(temperatures)
-    return ops.record_bytes(_checked_codec(codec), k, vocab_size, temperatures, labels, method == "sample")
+__all__ = ["CODECS", "pack", "record_bytes", "unpack"]
 
 
 def pack(compressed: CompressedLogits, codec: str = "q8") -> Tensor:
@@ -101,32 +64,7 @@ def pack(compressed: CompressedLogits, codec: str = "q8") -> Tensor:
     """
     if not isinstance(compressed, CompressedLogits):
         raise TypeError(f"compressed must be CompressedLogits, got {type(compressed).__name__}")
-    if _checked_codec(codec) == "exact" and compressed.logprobs.dtype == torch.float64:
-        raise TypeError("codec 'exact' stores float32, got float64 log-probabilities; convert them or use 'fp16'")
-    require_backend(compressed.device, "compressed")
-    # Before the operator, so that a bad setting is a ValueError.
-    ops.record_bytes(
-        codec,
-        compressed.k,
-        compressed.vocab_size,
-        compressed.temperatures,
-        compressed.label_logprob is not None,
-        compressed.counts is not None,
-    )
-    rows = compressed.flatten()
-    packed = ops.pack_logits(
-        rows.ids,
-        rows.logprobs.float(),
-        rows.log_norm.float(),
-        rows.tail_logprob.float(),
-        None if rows.label_logprob is None else rows.label_logprob.float(),
-        rows.valid,
-        rows.counts,
-        rows.vocab_size,
-        rows.temperatures,
-        codec,
-    )
-    return packed.reshape(*compressed.shape, packed.shape[1])
+    return compressed.pack(codec)
 
 
 def unpack(
@@ -159,40 +97,6 @@ def unpack(
     if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
         got = packed.dtype if isinstance(packed, Tensor) else type(packed).__name__
         raise TypeError(f"packed must be a tensor of dtype torch.uint8, got {got}")
-    require_backend(packed.device, "packed")
-    temperatures = _checked_temperatures(temperatures)
-    labels = _has_labels(packed.shape, codec, k, vocab_size, temperatures, method)
-    counted, shape = method == "sample", packed.shape[:-1]
-    rows = packed.reshape(shape.numel(), packed.shape[-1])
-    ids, logprobs, log_norm, tail, label, valid, counts = ops.unpack_logits(
-        rows, codec, k, vocab_size, temperatures, labels, counted
+    return CompressedLogits.unpack(
+        packed, codec=codec, k=k, vocab_size=vocab_size, temperatures=temperatures, method=method
     )
-    flat = CompressedLogits(
-        ids=ids,
-        logprobs=logprobs,
-        log_norm=log_norm,
-        tail_logprob=tail,
-        label_logprob=label if labels else None,
-        valid=valid,
-        counts=counts if counted else None,
-        temperatures=temperatures,
-        vocab_size=vocab_size,
-    )
-    return flat.reshape(*shape)
-
-
-def _has_labels(
-    shape: torch.Size, codec: str, k: int, vocab_size: int, temperatures: tuple[float, ...], method: str
-) -> bool:
-    """Whether records of this width have label log-probabilities; ValueError where there are no such records."""
-    widths = [
-        record_bytes(codec, k=k, vocab_size=vocab_size, temperatures=temperatures, labels=labels, method=method)
-        for labels in (False, True)
-    ]
-    if len(shape) < 1 or shape[-1] not in widths:
-        raise ValueError(
-            f"packed must have shape [..., {widths[1]}] (with labels) or [..., {widths[0]}] for codec {codec!r}, "
-            f"k = {k}, vocab_size = {vocab_size}, {len(temperatures)} temperatures and method {method!r}, "
-            f"got {list(shape)}"
-        )
-    return shape[-1] == widths[1]

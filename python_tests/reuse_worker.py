@@ -55,7 +55,7 @@ def ranks(options):
     for job in RANK_JOBS:
         trainer = rank_trainer(out / job, job, batch_size=2)
         trainer.train()
-        extra = {"data": len(trainer.teaching.stores.data), "replay": len(trainer.teaching.stores.replay)}
+        extra = {"data": len(trainer.run.teaching.stores.data), "replay": len(trainer.run.teaching.stores.replay)}
         save_result(out / job, trainer, f"rank{trainer.args.process_index}", extra)
     whole = reuse_trainer(out / "whole", max_steps=8)
     whole.train()

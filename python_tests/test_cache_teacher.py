@@ -69,7 +69,7 @@ def test_training_without_the_teacher_is_training_with_it(world, tmp_path):
 
 def test_an_open_cache_and_draws(world, tmp_path):
     trainer = trainer_of(world, tmp_path, TeacherCache.open(world / "drawn"), eval_strategy="steps", eval_steps=6)
-    assert trainer.tail == "sampled"
+    assert trainer.run.tail == "sampled"
     trainer.train()
     assert all(np.isfinite(logged(trainer, name)).all() for name in ("loss", "eval_divergence"))
 
@@ -111,7 +111,7 @@ def test_rows_that_only_an_epoch_would_have_met_are_named_too(world, tmp_path):
     trainer = trainer_of(world, tmp_path, world / "cache")
     batch = trainer.data_collator([dict(input_ids=[5, 6, 7], loss_mask=[0, 1, 1], prompt_length=1, row=11)])
     with pytest.raises(ValueError, match="teacher: the cache has no row 11"):
-        trainer.teaching.targets(batch)
+        trainer.run.teaching.targets(batch)
 
 
 def test_what_a_cache_cannot_give_is_refused(world, tmp_path):

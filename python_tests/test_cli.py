@@ -18,7 +18,7 @@ from tiers import full
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_ext.runs.settings import load_settings
-from distillm_ext.training import validation
+from distillm_ext.training import run as run_module
 
 
 @pytest.fixture(scope="module")
@@ -203,14 +203,14 @@ def test_evaluate_of_a_broken_model_shows_it_and_fails(world, tmp_path, broken, 
 
 def test_a_run_whose_validation_is_nan_ends_with_the_row(world, config, tmp_path, monkeypatch):
     """The loss of one row, by its number, is NaN in the evaluation alone."""
-    sums = validation.row_sums
+    sums = run_module.row_sums
 
     def broken(student, teacher, targets, rows, num_rows, *rest):
         found = sums(student, teacher, targets, rows, num_rows, *rest)
         found[0, 0] = float("nan")
         return found
 
-    monkeypatch.setattr(validation, "row_sums", broken)
+    monkeypatch.setattr(run_module, "row_sums", broken)
     output = run("train", config, code=1)
     assert "error: step 3: NaN or inf in eval_loss" in output and "eval.jsonl, line 1: loss" in output
     assert "Traceback" not in output and not (tmp_path / "out" / "final").exists()

@@ -148,7 +148,7 @@ def test_responses_with_other_ends_do_not_come_back(tmp_path, caplog):
         again = tiny_trainer(tiny_config(tmp_path, **settings), train_dataset=dataset, processing_class=tokenizer())
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            again.load_extra_state(*load_state(tmp_path / "checkpoint-2"))
+            again.run.restore(*load_state(tmp_path / "checkpoint-2"))
         assert bool(again.rollouts.store.by_row) == kept
         assert any("those of this run" in record.getMessage() for record in caplog.records) == (not kept)
 
@@ -173,5 +173,5 @@ def test_prompts_alone_are_answered_to_the_end_of_a_turn(tmp_path, caplog):
         trainer = tiny_trainer(
             tiny_config(tmp_path, policy="on_policy"), train_dataset=prompts, eval_dataset=None, processing_class=made
         )
-    assert TURN in trainer.eos_token_ids and TURN in trainer.model.generation_config.eos_token_id
+    assert TURN in trainer.run.eos_token_ids and TURN in trainer.model.generation_config.eos_token_id
     assert any("'<unk>' (id 3)" in record.getMessage() for record in caplog.records)

@@ -18,7 +18,7 @@ from transformers import (
 
 from distillm_ext.generation import LocalEngine, SamplingParams, generate
 from distillm_ext.generation.positions import check_positions, position_limit
-from distillm_ext.training.rollouts.responses import EngineResponses
+from distillm_ext.training.rollouts.rollouts import EngineResponses
 
 
 def short_model(positions=24, seed=3):

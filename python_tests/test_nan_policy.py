@@ -171,7 +171,7 @@ def test_a_norm_that_overflows_counts_as_a_fault(tmp_path, options):
     model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: torch.full_like(gradient, 3e38))
     trainer = make(tmp_path, faults=(), states=states, model=model, max_steps=1, **options)
     trainer.train()
-    assert trainer.nan_guard.skipped == 1 and same(states.before[0], states.after[0])
+    assert trainer.run.nan_guard.skipped == 1 and same(states.before[0], states.after[0])
     content, _ = evidence(tmp_path, step=1)
     assert content["not_finite"] == ["gradient"] and content["parameters"] == []
     assert content["gradient_norm_overflows"]
@@ -339,7 +339,7 @@ class FakeScaler:
 
 @pytest.mark.parametrize(("scale", "counts"), [(65536.0, False), (1.0, True)])
 def test_overflows_of_the_gradient_scaler_are_no_faults(tmp_path, scale, counts):
-    guard = make(tmp_path, faults=()).nan_guard
+    guard = make(tmp_path, faults=()).run.nan_guard
 
     class Accelerator:
         scaler, sync_gradients = FakeScaler(scale), True

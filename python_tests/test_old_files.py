@@ -101,8 +101,8 @@ def test_a_run_restores_all_of_a_checkpoint_that_names_its_end_tokens(tmp_path, 
     """With the one field added whose lack makes buffer and stored responses start anew."""
     trainer = make_trainer(name, tmp_path)
     state, tensors = load_state(FOLDER / name)
-    trainer.reset_extra_state()
-    trainer.load_extra_state({**state, "eos_token_ids": list(trainer.eos_token_ids)}, tensors)
+    trainer.run.reset()
+    trainer.run.restore({**state, "eos_token_ids": list(trainer.run.eos_token_ids)}, tensors)
     expected = RECORDED["checkpoints"][name]
     assert record_checkpoint(trainer) == expected
     assert expected["responses"] if name == "responses" else expected["data"] and expected["replay"]

@@ -45,7 +45,7 @@ def test_resume_gives_the_same_weights_and_asks_the_teacher_no_more(tmp_path, se
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(weights(resumed), weights(expected))
     for name in ("data", "replay"):
-        assert_same_store(getattr(resumed.teaching.stores, name), getattr(expected.teaching.stores, name))
+        assert_same_store(getattr(resumed.run.teaching.stores, name), getattr(expected.run.teaching.stores, name))
     for name in ("teacher_rows", "reused_rows", "loss"):
         assert logged(resumed, name) == logged(expected, name)
 
@@ -74,7 +74,7 @@ def test_a_checkpoint_without_kept_logits_can_be_gone_on_from(tmp_path):
     reuse_trainer(tmp_path, max_steps=4, reuse_teacher_logits="off").train()
     other = reuse_trainer(tmp_path, max_steps=8)
     other.train(resume_from_checkpoint=True)
-    assert len(logged(other, "loss")) == 8 and len(other.teaching.stores.data) > 0
+    assert len(logged(other, "loss")) == 8 and len(other.run.teaching.stores.data) > 0
 
 
 def test_a_run_without_reuse_goes_on_from_a_checkpoint_with_kept_logits(tmp_path):
@@ -87,15 +87,15 @@ def test_a_run_without_reuse_goes_on_from_a_checkpoint_with_kept_logits(tmp_path
 def test_replayed_records_are_dealt_out_with_their_sequences(tmp_path):
     trainer = reuse_trainer(tmp_path, max_steps=8, sgo_initial=1.0, replay_capacity=100)
     trainer.train()
-    saved = [trainer.extra_tensors()] * 2
-    state = trainer.extra_state()
+    saved = [trainer.run.tensors()] * 2
+    state = trainer.run.state()
     for rank in range(3):
         other = reuse_trainer(tmp_path / str(rank), max_steps=8, sgo_initial=1.0, replay_capacity=100)
         other.rollouts.unpack(saved, store_epoch=None, rank=rank, world=3)
         keys = [sequence.key for sequence in other.rollouts.buffer.sequences()]
-        other.teaching.unpack(state["teaching"], saved, keys)
-        assert set(other.teaching.stores.replay.keys()) == set(keys) and keys
-        assert_same_store(other.teaching.stores.data, trainer.teaching.stores.data)
+        other.run.teaching.unpack(state["teaching"], saved, keys)
+        assert set(other.run.teaching.stores.replay.keys()) == set(keys) and keys
+        assert_same_store(other.run.teaching.stores.data, trainer.run.teaching.stores.data)
 
 
 # ---- two processes

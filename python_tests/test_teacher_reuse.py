@@ -77,7 +77,7 @@ def test_the_replay_buffer_keeps_only_what_it_holds(tmp_path):
     trainer = reusing(tmp_path, **settings)
     trainer.train()
     keys = {sequence.key for sequence in trainer.rollouts.buffer.sequences()}
-    assert set(trainer.teaching.stores.replay.keys()) == keys and len(keys) > 3
+    assert set(trainer.run.teaching.stores.replay.keys()) == keys and len(keys) > 3
 
 
 def test_a_mixed_batch_asks_for_the_missing_rows_alone(tmp_path):
@@ -85,7 +85,7 @@ def test_a_mixed_batch_asks_for_the_missing_rows_alone(tmp_path):
     rows = [dict(row) for row in trainer.train_dataset]
     seen = counted(trainer)
     trainer.model.train()
-    teaching, collate = trainer.teaching, trainer.data_collator
+    teaching, collate = trainer.run.teaching, trainer.data_collator
     whole = teaching.targets(collate(rows[:6]))
     teaching.begin_step("data", [collate([rows[1], rows[4]])], reusable=True)
     teaching.targets(collate([rows[1], rows[4]]))
@@ -155,12 +155,12 @@ def test_the_objective_does_not_depend_on_where_the_logits_come_from(tmp_path, m
 def test_sampled_logits_depend_on_the_sequence_and_the_seed_alone(tmp_path):
     trainer, other = reusing(tmp_path, "sample", reuse_k=8), reusing(tmp_path, "sample", reuse_k=8, seed=8)
     rows, collate = [dict(row) for row in trainer.train_dataset], trainer.data_collator
-    alone = trainer.teaching.targets(collate([rows[3]]))
+    alone = trainer.run.teaching.targets(collate([rows[3]]))
     batch = collate([rows[0], rows[3], rows[5]])
     start = batch["row_targets"][0]
-    there = trainer.teaching.targets(batch)[start : start + batch["row_targets"][1]]
+    there = trainer.run.teaching.targets(batch)[start : start + batch["row_targets"][1]]
     assert torch.equal(alone.counts, there.counts) and torch.equal(alone.ids, there.ids)
-    assert not torch.equal(alone.counts, other.teaching.targets(collate([rows[3]])).counts)
+    assert not torch.equal(alone.counts, other.run.teaching.targets(collate([rows[3]])).counts)
 
 
 def test_a_warm_up_reads_the_teacher_at_its_own_temperature(tmp_path):
@@ -168,7 +168,7 @@ def test_a_warm_up_reads_the_teacher_at_its_own_temperature(tmp_path):
     dense = tiny_trainer(tiny_config(tmp_path / "a", **settings))
     dense.train()
     reuse = reusing(tmp_path / "b", reuse_codec="exact", **settings)
-    assert reuse.compression.temperatures == (1.0, 2.0)
+    assert reuse.run.compression.temperatures == (1.0, 2.0)
     reuse.train()
     assert logged(reuse, "loss") == pytest.approx(logged(dense, "loss"), rel=1e-3)
 
@@ -176,7 +176,7 @@ def test_a_warm_up_reads_the_teacher_at_its_own_temperature(tmp_path):
 def test_models_of_different_vocabulary(tmp_path):
     args = tiny_config(tmp_path, reuse_teacher_logits="topk", max_steps=3)
     trainer = tiny_trainer(args, model=tiny_model(1, vocab=72), teacher=tiny_model(2, layers=2, vocab=80))
-    assert trainer.compression.vocab_size == 64
+    assert trainer.run.compression.vocab_size == 64
     trainer.train()
     assert all(np.isfinite(logged(trainer, "loss")))
 
@@ -187,9 +187,9 @@ def test_models_of_different_vocabulary(tmp_path):
 def test_what_is_held_is_logged_and_no_file_is_seen(tmp_path):
     trainer = reusing(tmp_path, **adaptive(max_steps=10, replay_capacity=12))
     trainer.train()
-    stores = trainer.teaching.stores
+    stores = trainer.run.teaching.stores
     held = sum(len(store.get(key)) for store in (stores.data, stores.replay) for key in store.keys())
-    mib = held * trainer.compression.record_bytes / 2**20
+    mib = held * trainer.run.compression.record_bytes / 2**20
     assert logged(trainer, "reuse_disk_mib")[-2:] == pytest.approx([mib, mib])  # at the end of the run too
     assert len(stores.data) and len(stores.replay) and not [path for path in tmp_path.iterdir() if path.is_file()]
 

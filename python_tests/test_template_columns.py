@@ -13,7 +13,7 @@ from distillm_ext.data.rows.loading import load_rows
 from distillm_ext.runs.capture import CaptureSettings, token_rows
 from distillm_ext.runs.settings import DatasetSettings
 from distillm_ext.training.config import DistillationConfig
-from distillm_ext.training.setup import prepare_train
+from distillm_ext.training.splits import prepare_train
 
 LISTED = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}{{ documents | tojson }}<|im_end|>\n{% endif %}"
 THINK = CHATML.removesuffix("{% endif %}") + "{% if think is defined %}{{ think }}{% endif %}{% endif %}"

@@ -30,14 +30,14 @@ def test_phi_follows_the_validation_loss(tmp_path):
     losses, phi = logged(trainer, "eval_loss"), 0.0
     for before, after in zip(losses, losses[1:], strict=False):
         phi += 0.1 if after > before + 0.1 else 0.0
-    assert phi > 0 and trainer.policy.metrics()["phi"] == pytest.approx(phi)
+    assert phi > 0 and trainer.run.policy.metrics()["phi"] == pytest.approx(phi)
 
 
 def test_reference_schedule_starts_with_a_validation(tmp_path):
     trainer = tiny_trainer(tiny_config(tmp_path, **adaptive(schedule="reference")))
     trainer.train()
     assert "eval_loss" in trainer.state.log_history[0] and trainer.state.log_history[0]["step"] == 0
-    assert trainer.policy.schedule.reference_loss == trainer.state.log_history[0]["eval_loss"]
+    assert trainer.run.policy.schedule.reference_loss == trainer.state.log_history[0]["eval_loss"]
 
 
 def test_several_evaluation_sets_have_their_own_metrics(tmp_path):
@@ -50,7 +50,7 @@ def test_a_head_of_another_dtype_trains_under_autocast(tmp_path):
     student = tiny_model(1).bfloat16()
     student.lm_head.float()
     trainer = tiny_trainer(tiny_config(tmp_path, max_steps=1, bf16=True), model=student)
-    assert trainer.student.reader.splits
+    assert trainer.run.student.reader.splits
     trainer.train()
     assert torch.isfinite(torch.tensor(logged(trainer, "loss"))).all()
 

@@ -33,7 +33,7 @@ def recorded(trainer):
         seen.append((decision, result))
         return result
 
-    reset = trainer.reset_extra_state
+    reset = trainer.run.reset
 
     def reset_and_spy():
         nonlocal realise
@@ -41,7 +41,7 @@ def recorded(trainer):
         realise = trainer.rollouts.realise
         trainer.rollouts.realise = spy
 
-    trainer.reset_extra_state = reset_and_spy
+    trainer.run.reset = reset_and_spy
     trainer.train()
     return seen
 

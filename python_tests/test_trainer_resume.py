@@ -83,7 +83,7 @@ def test_resume_gives_the_same_weights(tmp_path, settings, stop):
     resumed = job_trainer(tmp_path / "parts", max_steps=9, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(weights(resumed), weights(expected))
-    assert resumed.policy.state_dict() == expected.policy.state_dict()
+    assert resumed.run.policy.state_dict() == expected.run.policy.state_dict()
     for mine, theirs in zip(resumed.rollouts.buffer.sequences(), expected.rollouts.buffer.sequences(), strict=True):
         assert mine.row == theirs.row and (mine.input_ids == theirs.input_ids).all()
 

@@ -22,7 +22,7 @@ def checked_sides(
     student: LinearHead, teacher: LinearHead | Tensor | None, options: DivergenceOptions, vocab_size: int | None
 ) -> torch.dtype:
     """Checks both sides and their fit; returns the dtype of the student's product."""
-    _check_head(student, _STUDENT_NAMES)
+    check_head(student, _STUDENT_NAMES)
     vocabularies = [student.weight.shape[0]]
     dtype = _product_dtype(student)
     if isinstance(teacher, Tensor):
@@ -32,7 +32,7 @@ def checked_sides(
         _check_fit(teacher, "teacher", student.hidden, dtype)
         vocabularies.append(teacher.shape[-1])
     elif isinstance(teacher, LinearHead):
-        _check_head(teacher, _TEACHER_NAMES)
+        check_head(teacher, _TEACHER_NAMES)
         _check_fit(teacher.hidden, "teacher.hidden", student.hidden, dtype)
         _check_fit(teacher.weight, "teacher.weight", None, dtype)
         if teacher.bias is not None:
@@ -49,7 +49,7 @@ def checked_sides(
     return dtype
 
 
-def _check_head(head: LinearHead, names: Sequence[str]) -> None:
+def check_head(head: LinearHead, names: Sequence[str]) -> None:
     hidden_name, weight_name, bias_name, softcap_name, scale_name = names
     hidden, weight, bias = head.hidden, head.weight, head.bias
     _check_floating(hidden, hidden_name)

@@ -95,8 +95,8 @@ def _sides(trainer: Any, count_parameters: Any) -> str:
     parts = [f"student {count_parameters(trainer.model) / 1e6:.2f} M parameters"]
     if trainer.teacher is not None:
         parts.append(f"teacher {count_parameters(trainer.teacher.model) / 1e6:.2f} M")
-    if trainer.teacher_cache is not None:
-        parts.append(f"teacher logits of {len(trainer.teacher_cache)} rows from {trainer.teacher_cache.path}")
+    if trainer.run.cache is not None:
+        parts.append(f"teacher logits of {len(trainer.run.cache)} rows from {trainer.run.cache.path}")
     return ", ".join(parts)
 
 

@@ -7,9 +7,13 @@ broadcast, or kept in step with the global generators.
 
 from __future__ import annotations
 
+import contextlib
+import random
+from collections.abc import Iterator
 from enum import IntEnum
 
 import numpy as np
+import torch
 
 _MASK = (1 << 64) - 1
 
@@ -54,3 +58,17 @@ def uniform(seed: int, stream: Stream, *counters: int) -> float:
 def derive_seed(seed: int, stream: Stream, *counters: int) -> int:
     """A seed in [0, 2⁶³) for something that is seeded by one integer."""
     return int(generator(seed, stream, *counters).integers(0, 1 << 63, dtype=np.int64))
+
+
+@contextlib.contextmanager
+def preserved_rng(device: torch.device) -> Iterator[None]:
+    """Leaves Python's, NumPy's, torch's and the device's global generators as they were: whether a step generates must
+    not change the dropout or the data order of the steps after it."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -206,3 +206,14 @@ def _check_token_response(values: Sequence[Any], prompts_only: bool) -> None:
             "prompt_length leaves no token of input_ids for a response; a prompt alone is enough only for policies "
             "that write the responses"
         )
+
+
+def parts_of(datasets: Mapping[str, Any]) -> dict[str, Any]:
+    """Data sets by name, without those that are None; of one that is a dict of data sets each part, as name[key]."""
+    parts: dict[str, Any] = {}
+    for name, dataset in datasets.items():
+        if isinstance(dataset, dict):
+            parts |= {f"{name}[{key}]": part for key, part in dataset.items()}
+        elif dataset is not None:
+            parts[name] = dataset
+    return parts

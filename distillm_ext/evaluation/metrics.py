@@ -7,7 +7,6 @@ teacher agree on the most probable token. ROUGE-L compares free-running response
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from distillm_ext.data.batches import IGNORE_INDEX, pad_rows
+from distillm_ext.data.batches import DistillationCollator, move_batch
 from distillm_ext.functional import distillation_loss
 from distillm_ext.generation import SamplingParams, generate_responses
 from distillm_ext.generation.ends import end_token_ids
 from distillm_ext.generation.loop.forward import check_no_virtual_tokens
 from distillm_ext.generation.positions import limits_within
+from distillm_ext.models.logit_reader import LogitReader, TokenBatch
 from distillm_ext.models.vocabulary import check_dataset_ids, compared_vocabulary, padding_id
 
 Progress = Callable[[str, int, int], None]
@@ -166,11 +166,14 @@ def divergence_metrics(
         raise ValueError("rows: expected at least one row to evaluate, got none")
     # Rows of like length share a batch: less padding, and the sums do not depend on the order.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    collate, probe = DistillationCollator(pad_token_id), rows[0]["input_ids"][:16]
     totals = torch.zeros(4, dtype=torch.float64)
     with torch.no_grad(), evaluating(student), evaluating(teacher):
+        ours = _reader(student, probe, "student")
+        theirs = None if teacher is None else _reader(teacher, probe, "teacher")
         for start in range(0, len(order), batch_size):
-            batch = [rows[index] for index in order[start : start + batch_size]]
-            totals += _batch_sums(student, teacher, batch, pad_token_id, vocab_size)
+            batch = collate([{**rows[index], "row": index} for index in order[start : start + batch_size]])
+            totals += _batch_sums(ours, theirs, batch, vocab_size)
             if progress is not None:
                 progress("token metrics", min(start + batch_size, len(order)), len(order))
     kl, cross_entropy, agreement, tokens = totals.tolist()
@@ -198,43 +201,34 @@ def evaluating(model: PreTrainedModel | None) -> Iterator[None]:
             model.train(was_training)
 
 
+def _reader(model: Any, probe: Sequence[int], name: str) -> LogitReader:
+    """Logits of the model at chosen positions: prompts never meet the head."""
+    reader = LogitReader(model)
+    reader.verify(probe, name)
+    return reader
+
+
 def _batch_sums(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    batch: list[dict[str, Any]],
-    pad_token_id: int,
-    vocab_size: int | None,
+    student: LogitReader, teacher: LogitReader | None, batch: dict[str, Any], vocab_size: int | None
 ) -> Tensor:
     """Sums over the batch's targets: KL, cross-entropy, agreements, count. [4] float64 on the CPU."""
-    input_ids, attention_mask, labels = map(torch.from_numpy, pad_rows(batch, pad_token_id))
-    # Position t predicts token t + 1.
-    predicts = labels[:, 1:] != IGNORE_INDEX
-    if not predicts.any():
+    if len(batch["targets"]) == 0:
         return torch.zeros(4, dtype=torch.float64)
-    targets = labels[:, 1:][predicts].to(student.device)
-    ours = _logits(student, input_ids, attention_mask, predicts)
+    ours = _logits(student, batch)
+    targets = batch["targets"].to(ours.device)
     sums = [torch.zeros((), device=ours.device)] * 4
     sums[1] = functional.cross_entropy(ours.float(), targets, reduction="sum")
-    sums[3] = predicts.sum().to(ours.device)
+    sums[3] = torch.tensor(len(targets), device=ours.device)
     if teacher is not None:
-        theirs = _logits(teacher, input_ids, attention_mask, predicts).to(ours.device)
+        theirs = _logits(teacher, batch).to(ours.device)
         shared = min(ours.shape[-1], theirs.shape[-1], vocab_size or ours.shape[-1])
         sums[0] = distillation_loss(ours, theirs, targets, divergence="forward_kl", reduction="sum", vocab_size=shared)
         sums[2] = (ours[:, :shared].argmax(dim=-1) == theirs[:, :shared].argmax(dim=-1)).sum()
     return torch.stack([value.double() for value in sums]).cpu()
 
 
-def _logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, predicts: Tensor) -> Tensor:
-    """Logits [targets, V] at the positions where `predicts` [B, L − 1] is set."""
-    device = model.device
-    inputs = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device), "use_cache": False}
-    columns = predicts.any(dim=0).nonzero().squeeze(-1)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        # Prompts never meet the head.
-        logits = model(**inputs, logits_to_keep=columns.to(device)).logits
-    else:
-        logits = model(**inputs).logits[:, columns.to(device)]
-    return logits[predicts[:, columns].to(device)]
+def _logits(reader: LogitReader, batch: dict[str, Any]) -> Tensor:
+    return reader.logits(TokenBatch.from_inputs(move_batch(batch, reader.model.device)))
 
 
 def generate_texts(

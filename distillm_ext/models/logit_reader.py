@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class TokenBatch:
     positions: Tensor
 
     @classmethod
-    def from_inputs(cls, inputs: dict[str, Any]) -> TokenBatch:
+    def from_inputs(cls, inputs: Mapping[str, Any]) -> TokenBatch:
         """Picks the three tensors from a collated batch."""
         return cls(inputs["input_ids"], inputs["attention_mask"], inputs["positions"])
 

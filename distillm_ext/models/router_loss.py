@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distillm_ext.data.draws import preserved_rng
 from distillm_ext.models.logit_reader import LogitReader, TokenBatch, replaced_forward
-from distillm_ext.training.rollouts.rollouts import preserved_rng
 
 logger = logging.getLogger(__name__)
 _COEFFICIENT = re.compile(r"(aux|router|balance|z|mtp|moe).*(loss|coef)|loss.*(coef|weight)")

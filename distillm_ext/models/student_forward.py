@@ -41,6 +41,16 @@ class StudentForward:
         self.own = OwnLoss(self.reader)
         self.autocast = autocast
 
+    def verify(self, token_ids: Sequence[int]) -> None:
+        """Checks on a few tokens that backbone and head, used apart, give the model's own logits, and finds out what
+        the model adds to its loss by itself."""
+        # A model that is still to be materialised cannot run yet; its split is trusted.
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            self.own.trust_configuration()
+            return
+        self.reader.verify(token_ids, "student")
+        self.own.probe(token_ids, "student")
+
     def __call__(
         self,
         wrapped: nn.Module,

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from distillm_ext._codec import MAX_K
-from distillm_ext.compressed_logits import METHODS
 from distillm_ext.compression import checked_temperatures
 from distillm_ext.data.batches import DistillationCollator, move_batch
 from distillm_ext.data.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
@@ -26,8 +25,10 @@ from distillm_ext.data.tokenise import prepare_dataset
 from distillm_ext.generation.positions import check_positions
 from distillm_ext.models.frozen_teacher import TEACHER_DTYPES, ModelTeacher
 from distillm_ext.models.loading import load_teacher, load_tokenizer
+from distillm_ext.models.teacher_records import compute_compressed
 from distillm_ext.models.vocabulary import check_dataset_ids, compared_vocabulary, padding_id, tokenizer_size
 from distillm_ext.packing import CODECS
+from distillm_ext.record_format import METHODS
 from distillm_ext.runs.capture_rows import CaptureCount, capture_rows
 from distillm_ext.runs.settings import DatasetSettings
 from distillm_ext.teacher import (
@@ -39,7 +40,6 @@ from distillm_ext.teacher import (
     fingerprint_tokenizer,
     finish_cache,
 )
-from distillm_ext.training.teaching.sources import compute_compressed
 
 # A process that is done waits for the others, however long they take.
 _PATIENCE = datetime.timedelta(days=30)

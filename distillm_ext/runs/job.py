@@ -21,7 +21,6 @@ from distillm_ext.paths import expand_path
 from distillm_ext.runs.settings import DatasetSettings, RunSettings, settings_from_dict
 from distillm_ext.teacher.manifest import MANIFEST as CACHE_MANIFEST
 from distillm_ext.training.checkpoints.folders import list_checkpoints, newest_complete_checkpoint
-from distillm_ext.training.setup import needs_responses
 from distillm_ext.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
@@ -126,7 +125,7 @@ def build_trainer(
         models, splits: already loaded; None loads what the settings name.
     """
     args = settings.training_arguments()
-    train, heldout = splits or load_splits(settings.dataset, need_responses=needs_responses(args))
+    train, heldout = splits or load_splits(settings.dataset, need_responses=args.needs_responses)
     if heldout is None and args.eval_strategy != "no":
         raise ValueError(
             f"training.eval_strategy is {args.eval_strategy.value!r} and dataset.eval is not set; name validation rows"

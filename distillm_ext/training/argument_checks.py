@@ -1,8 +1,9 @@
-"""The arguments of `DistillationTrainer`: of the right class, or refused by name before anything is set up."""
+"""What a `DistillationTrainer` is given, and how it was launched: right, or refused before anything is set up."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from distillm_ext.generation import Engine
 from distillm_ext.generation.loop.forward import check_no_virtual_tokens
 from distillm_ext.models.checks import check_apart, check_causal
-from distillm_ext.models.vocabulary import check_dataset_ids
 from distillm_ext.training.config import DistillationConfig
+
+# Optimizers of transformers' `optim` that take their steps inside the backward pass, beside the layerwise ones.
+_IN_BACKWARD = ("lomo", "adalomo", "layerwisedummyoptimizer")
 
 
 def check_arguments(
@@ -34,11 +37,13 @@ def check_arguments(
 
     Raises:
         TypeError, ValueError: names the argument of `DistillationTrainer` and the remedy.
+        RuntimeError: see `check_processes`.
     """
     if not isinstance(args, DistillationConfig):
         raise TypeError(
             f"args: expected a DistillationConfig, which takes every field of TrainingArguments; got {_name(args)}"
         )
+    check_processes(args)
     check_causal(model, "model")
     if teacher is not None:
         check_causal(teacher, "teacher")
@@ -115,13 +120,61 @@ def check_dataset(dataset: Any, name: str, *, splits: bool = False) -> None:
     raise TypeError(f"{name}: expected a datasets.Dataset, got {_name(dataset)}; {remedy}")
 
 
-def check_tokens(splits: Mapping[str, Any], tokenizer: Any, models: Mapping[str, Any], vocab_size: int) -> None:
-    """`check_dataset_ids` of prepared data sets by name; a dict of them is looked at part by part."""
-    for name, split in splits.items():
-        parts = {f"{name}[{key}]": part for key, part in split.items()} if isinstance(split, dict) else {name: split}
-        for label, part in parts.items():
-            check_dataset_ids(part, label, tokenizer, models=models, vocab_size=vocab_size)
-
-
 def _name(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def check_processes(args: DistillationConfig) -> None:
+    """Refuses launches that would silently train one model per process, or replicate it within one.
+
+    Raises:
+        RuntimeError: the launcher's number of processes is not the one the arguments see.
+        ValueError: several GPUs in one process.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != args.world_size:
+        raise RuntimeError(
+            f"the launcher started {launched} processes, but the training arguments see {args.world_size}: every "
+            "process would train a model of its own. On CPU set use_cpu=True; on GPUs check that each process sees one"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process: torch.nn.DataParallel is not supported; start one process per GPU with "
+            "`torchrun --nproc_per_node N` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES"
+        )
+
+
+def check_nan_policy(args: DistillationConfig, optimizer: Any, *, deepspeed: bool) -> None:
+    """Refuses to skip steps that nothing can keep from being taken.
+
+    Args:
+        args: the configuration.
+        optimizer: one that was handed over, or None.
+        deepspeed: whether DeepSpeed runs the training.
+
+    Raises:
+        ValueError: the policy cannot be kept with DeepSpeed, or with an optimizer that steps in the backward pass.
+    """
+    if args.nan_policy != "skip":
+        return
+    if deepspeed:
+        raise ValueError(
+            "nan_policy: 'skip' is not supported with DeepSpeed, whose engine takes the optimizer step inside the "
+            "backward pass; set nan_policy='stop'"
+        )
+    optim = getattr(args.optim, "value", args.optim)
+    if steps_in_backward(optim, optimizer):
+        raise ValueError(
+            f"nan_policy: 'skip' is not supported with optim={optim!r}, or an optimizer handed over, that takes its "
+            "steps inside the backward pass; set nan_policy='stop', or an optimizer that is not layerwise"
+        )
+
+
+def steps_in_backward(name: Any, optimizer: Any) -> bool:
+    """Whether an optimizer, by its name in transformers' `optim` or as it is, takes its steps inside the backward pass:
+    LOMO and the layerwise ones."""
+    if optimizer is not None:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        return any(cls.__name__.lower() in _IN_BACKWARD for cls in type(inner).__mro__)
+    text = str(name).lower()
+    return text.endswith("layerwise") or text in _IN_BACKWARD

@@ -20,7 +20,7 @@ from distillm_ext.models.frozen_teacher import TEACHER_DTYPES
 from distillm_ext.packing import CODECS
 from distillm_ext.paths import expand_path
 from distillm_ext.training.nan_policy import NAN_POLICIES
-from distillm_ext.training.rollouts.policies import POLICIES
+from distillm_ext.training.rollouts.policies import POLICIES, reads_responses
 from distillm_ext.training.rollouts.schedule import REPLAY_RATIOS, SCHEDULES
 from distillm_ext.training.teaching.rules import REUSE_METHODS, check_compressed_loss
 
@@ -144,6 +144,19 @@ class DistillationConfig(TrainingArguments):
         if self.policy == "adaptive_off_policy" and self.schedule == "reference":
             # The published code takes its first reference loss before training.
             self.eval_on_start = True
+
+    @property
+    def needs_responses(self) -> bool:
+        """Whether some step of the run trains on responses of its training set."""
+        return reads_responses(
+            self.policy, mixed_fraction=self.mixed_fraction, warmup_steps=self.warmup_objective_steps
+        )
+
+    @property
+    def teacher_temperatures(self) -> tuple[float, ...]:
+        """Temperatures at which a loss of the run reads the teacher, ascending."""
+        warmup = {1.0} if self.warmup_objective == "forward_kl" and self.warmup_objective_steps else set()
+        return tuple(sorted({float(self.temperature), *warmup}))
 
     def _check_choices(self) -> None:
         choices: dict[str, tuple[str | None, ...]] = {

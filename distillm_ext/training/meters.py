@@ -1,11 +1,27 @@
-"""What a training run reports, gathered without asking the accelerator for a value before it is logged."""
+"""What a training run reports, gathered without asking the accelerator for a value before it is logged.
+
+Logged with every loss:
+
+* `loss`, `loss_divergence`, `loss_ce`, `loss_lm`, `loss_router`: means per optimizer step; the last is the balance of
+  the student's experts, without its coefficient. `teacher_entropy`, `student_entropy`, `top1_agreement`: means over
+  tokens, where the teacher's logits are not compressed.
+* `nan_steps`: optimizer steps left out so far (nan_policy "skip"). `phi`: of the policy "adaptive_off_policy".
+* `batches_data`, `batches_fresh`, `batches_replay`: optimizer steps by source since the last log. `batch_source`, in
+  `state.log_history` alone: the source of the last step. `replay_size`: sequences, all processes.
+* `tokens_per_second`: all processes. `time_generation`, `time_teacher`, `time_student`, `time_loss`, `time_other`:
+  shares of the time, evaluation and checkpoints left out; where the loss is fused with the heads, their products count
+  as loss.
+* With compressed teacher logits `teacher_rows` and `reused_rows`: rows whose teacher output was computed, and taken
+  from store or cache, since the last log; `reuse_disk_mib`: MiB of kept teacher logits, all processes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,3 +172,11 @@ class Meters:
         report["time_other"] = max(1.0 - sum(shares.values()), 0.0)
         self._sums, self._steps, self._sources, self._tokens = {}, {}, Counter(), 0
         return report
+
+
+def sum_over_processes(accelerator: Any, mine: Mapping[str, float]) -> dict[str, float]:
+    """Numbers of this process, each summed over all; every process calls it, with the same names."""
+    if not mine:
+        return {}
+    values = torch.tensor([list(mine.values())], dtype=torch.float64, device=accelerator.device)
+    return dict(zip(mine, accelerator.gather(values).sum(dim=0).tolist(), strict=True))

@@ -16,20 +16,24 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from distillm_ext.compressed_logits import CompressedLogits
 from distillm_ext.containers import LinearHead
+from distillm_ext.data.draws import preserved_rng
 from distillm_ext.data.rows.origin import name_row
 from distillm_ext.models.logit_reader import StudentOutput, Targets, TokenBatch, head_logits
 from distillm_ext.models.router_loss import ModelLoss
 from distillm_ext.training.checkpoints.folders import write_json, write_tensors
-from distillm_ext.training.nan_policy import Fault, nonfinite
+from distillm_ext.training.nan_policy import Fault
+from distillm_ext.training.nonfinite import nonfinite_weights
 from distillm_ext.training.objectives import cross_entropy
-from distillm_ext.training.rollouts.rollouts import preserved_rng
+
+if TYPE_CHECKING:
+    from distillm_ext.training.trainer import DistillationTrainer
 
 logger = logging.getLogger(__name__)
 _POSITIONS = 256  # whose logits are formed at once
@@ -40,12 +44,12 @@ class NanReport:
     """Reports faults of a run; see `distillm_ext.training.nan_policy`.
 
     Args:
-        run: the trainer. Its `args`, `accelerator`, `student`, `teaching`, `objectives`, `data_collator`,
-            `model_wrapped` and `row_origin` are used as they are at the time of the fault.
+        trainer: its `run`, `args`, `accelerator`, `data_collator` and `model_wrapped` are used as they are at the time
+            of the fault.
     """
 
-    def __init__(self, run: Any) -> None:
-        self.run = run
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
 
     def __call__(self, fault: Fault) -> None:
         """Finds out what was not finite, writes it down and says it.
@@ -53,11 +57,11 @@ class NanReport:
         Raises:
             FloatingPointError: the policy is to stop, or weights are NaN or inf, which no skipped step cures.
         """
-        args, record = self.run.args, fault.record
+        args, record = self.trainer.args, fault.record
         with preserved_rng(args.device):
             findings = [self._examine(batch, record.step) for batch in record.batches]
         content = self._content(fault, findings)
-        content["weights"], broken = self.nonfinite_weights()
+        content["weights"], broken = nonfinite_weights(self.trainer.model_wrapped, self.trainer.accelerator)
         if fault.affected:
             self._write(record.step, content, record.batches, findings)
         text = self._text(fault, content)
@@ -68,11 +72,11 @@ class NanReport:
     # ---- what was not finite
 
     @torch.no_grad()
-    def _examine(self, inputs: Mapping[str, Any], step: int) -> dict[str, Any]:
+    def _examine(self, batch: Mapping[str, Any], step: int) -> dict[str, Any]:
         """Runs a micro-batch again. → [B, 3] per row (`_COLUMNS`) of its rows and its plain text, and what the student
         adds to its loss by itself where that is not finite."""
-        run, own = self.run, list[ModelLoss]()
-        inputs = dict(run._prepare_inputs(inputs))
+        trainer, run, own = self.trainer, self.trainer.run, list[ModelLoss]()
+        inputs: dict[str, Any] = dict(trainer._prepare_inputs(dict(batch)))
         objective, text = run.objectives.at(step - 1), inputs.get("plain_text")
         teacher = run.teaching.again(inputs) if objective.needs_teacher else None
         found: dict[str, Tensor] = {}
@@ -95,24 +99,15 @@ class NanReport:
         batches = [TokenBatch.from_inputs(inputs)]
         if text is not None:
             batches.append(TokenBatch.from_inputs(text))
-        was_training = run.model_wrapped.training
-        run.model_wrapped.eval()
-        run.student(run.model_wrapped, batches, consume, fused=True, model_losses=own)
-        run.model_wrapped.train(was_training)
+        was_training = trainer.model_wrapped.training
+        trainer.model_wrapped.eval()
+        run.student(trainer.model_wrapped, batches, consume, fused=True, model_losses=own)
+        trainer.model_wrapped.train(was_training)
         parts = {name: values.cpu() for name, values in found.items()}
         return {**parts, "own": sorted({loss.name for loss in own if not bool(torch.isfinite(loss.term).all())})}
 
-    def nonfinite_weights(self) -> tuple[list[str], bool]:
-        """→ (parameters of the student that hold NaN or inf on this process, whether any process has one)."""
-        device = self.run.args.device
-        named, flags = nonfinite(self.run.accelerator.unwrap_model(self.run.model_wrapped).named_parameters(), device)
-        bad = [] if flags is None else flags.tolist()
-        names = [name for name, flag in zip(named, bad, strict=True) if flag]
-        count = torch.tensor(float(len(names)), device=device)
-        return names, bool(self.run.accelerator.reduce(count, reduction="sum") > 0)
-
     def _content(self, fault: Fault, findings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        record, args = fault.record, self.run.args
+        record, args = fault.record, self.trainer.args
         rows, texts = self._bad_rows(record.batches, findings), _bad_texts(record.batches, findings)
         losses = [index for index, flag in enumerate(record.losses) if bool(flag)]
         gradients = record.gradients.tolist() if record.gradients is not None else []
@@ -147,7 +142,7 @@ class NanReport:
                 # −inf may be a student's legal logit, where a vocabulary is masked.
                 if bad not in ([], ["student"]):
                     place = {"row": number, "micro_batch": index, "not_finite": bad, "loss": str(loss)}
-                    found.append(place | {"origin": self.run.row_origin(number)})
+                    found.append(place | {"origin": self.trainer.run.row_origin(number)})
         return found
 
     # ---- what is said and written
@@ -176,9 +171,9 @@ class NanReport:
         return f"step {step}: {what}; {done}. Correct or remove the rows, or set nan_policy='skip'"
 
     def _stem(self, step: int) -> Path:
-        args = self.run.args
+        args = self.trainer.args
         rank = f"-rank-{args.process_index}" if args.world_size > 1 else ""
-        return Path(args.output_dir) / f"nan-step-{step}{rank}"
+        return Path(str(args.output_dir)) / f"nan-step-{step}{rank}"
 
     def _write(
         self,
@@ -189,10 +184,10 @@ class NanReport:
     ) -> None:
         stem = self._stem(step)
         stem.parent.mkdir(parents=True, exist_ok=True)
-        tensors = _one_batch(batches, [found["rows"] for found in findings], self.run.data_collator)
+        tensors = _one_batch(batches, [found["rows"] for found in findings], self.trainer.data_collator)
         texts = [batch["plain_text"] for batch in batches if "plain_text" in batch]
         if texts:
-            packed = _one_batch(texts, [found["text"] for found in findings], self.run.data_collator)
+            packed = _one_batch(texts, [found["text"] for found in findings], self.trainer.data_collator)
             tensors |= {f"text.{name}": tensor for name, tensor in packed.items()}
         write_tensors(stem.with_name(stem.name + ".safetensors"), tensors)
         write_json(stem.with_name(stem.name + ".json"), {**content, "tensors": stem.name + ".safetensors"})

@@ -19,13 +19,15 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+
+from distillm_ext.training.nonfinite import nonfinite_gradients
 
 logger = logging.getLogger(__name__)
 NAN_POLICIES = ("stop", "skip")
@@ -268,31 +270,3 @@ class LateValues:
         if self._event is not None:
             self._event.synchronize()
         return self._values.tolist()
-
-
-def nonfinite_gradients(model: torch.nn.Module, device: torch.device) -> tuple[list[str], Tensor | None]:
-    """`nonfinite` of a model's gradients: one read of each, of the local part where it is sharded."""
-    return nonfinite(
-        ((name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None), device
-    )
-
-
-def nonfinite(named: Iterable[tuple[str, Tensor]], device: torch.device) -> tuple[list[str], Tensor | None]:
-    """→ (names, [names] bool on `device`: whether the tensor of that name holds NaN or inf). The host does not wait.
-
-    Tensors that are empty or hold integers are left out; None where none is left.
-    """
-    kinds: dict[Any, list[tuple[str, Tensor]]] = {}
-    for name, tensor in named:
-        local: Any = tensor.detach()
-        local = local.to_local() if hasattr(local, "to_local") else local
-        local = local.coalesce().values() if local.is_sparse else local
-        if local.numel() and local.is_floating_point():
-            kinds.setdefault((local.device, local.dtype), []).append((name.removeprefix("module."), local))
-    names, flags = [], []
-    for members in kinds.values():
-        # The largest magnitude of each tensor, in one kernel for all; a NaN is larger than any.
-        norms = torch._foreach_norm([tensor for _, tensor in members], float("inf"))
-        flags.append((~torch.isfinite(torch.stack(list(norms)))).to(device, non_blocking=True))
-        names += [name for name, _ in members]
-    return names, torch.cat(flags) if flags else None

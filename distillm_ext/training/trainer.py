@@ -1,18 +1,16 @@
 """`DistillationTrainer`: transformers' training loop around three independent choices: loss, data policy, teacher.
 
 One optimizer step:
-1. `get_batch_samples`: the policy decides where the sequences come from (the same on every rank), `Rollouts` generates
-   or replays them, and the targets of the whole step are counted over all ranks.
+1. `get_batch_samples`: the policy decides where the sequences come from (the same on every rank), the rollouts generate
+   or replay them, and the targets of the whole step are counted over all ranks: `Run.step_batches`.
 2. `compute_loss`, per micro-batch: the teacher's hidden states at the target positions, then the student's, with the
-   loss computed inside the student's head and fused with both heads, so that logits exist for a chunk of positions only
-   (where a head is not a plain linear one, all of its logits at once, and a log line says so). loss = sum / count ×
+   loss computed inside the student's head and fused with both heads: `micro_batch_loss`. loss = sum / count ×
    processes, so any split of a step gives the same gradient.
-3. At each validation the policy sees the validation loss.
+3. At each validation the policy sees the validation loss: `Run.observe`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator
 from itertools import islice
@@ -22,33 +20,32 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from distillm_ext.data.batches import DistillationCollator
-from distillm_ext.data.draws import Stream, uniform
+from distillm_ext.data.rows.origin import keep_origin
 from distillm_ext.generation import Engine
 from distillm_ext.models.frozen_teacher import ModelTeacher
-from distillm_ext.models.logit_reader import StudentOutput, TokenBatch
-from distillm_ext.models.router_loss import ModelLoss, mean_term
-from distillm_ext.models.student_forward import StudentForward
-from distillm_ext.models.vocabulary import compared_vocabulary, padding_id
-from distillm_ext.training import setup
-from distillm_ext.training.argument_checks import check_arguments
+from distillm_ext.models.vocabulary import padding_id
+from distillm_ext.training.argument_checks import check_arguments, check_nan_policy
+from distillm_ext.training.checkpoints.resumable import ResumableTrainer
 from distillm_ext.training.config import DistillationConfig
-from distillm_ext.training.nan_policy import StepRecord
-from distillm_ext.training.objectives import LossParts, cross_entropy
-from distillm_ext.training.rollouts.policies import Decision, Source, StepContext
-from distillm_ext.training.run import RunState
+from distillm_ext.training.loss import micro_batch_loss
+from distillm_ext.training.meters import sum_over_processes
+from distillm_ext.training.nan_evidence import NanReport
+from distillm_ext.training.nonfinite import check_weights
+from distillm_ext.training.rollouts.rollouts import Rollouts
+from distillm_ext.training.run import Run
 from distillm_ext.training.special_tokens import KeepPadding
-from distillm_ext.training.teaching import build as teaching_setup
-from distillm_ext.training.validation import TokenWeightedEvaluation
+from distillm_ext.training.splits import check_lengths, prepare_eval, prepare_split, prepare_train
+from distillm_ext.training.teaching.build import CacheLike, split_teacher
+from distillm_ext.training.validation import evaluate_by_token, evaluation_model, whole_set
 
 logger = logging.getLogger(__name__)
-# Sequences that a later step meets again; replayed ones are kept with the buffer.
-_COMES_AGAIN = (Source.DATA, Source.TEACHER)
 _COLUMNS = ["input_ids", "loss_mask", "prompt_length", "row"]
 
 
-class DistillationTrainer(TokenWeightedEvaluation, RunState):
+class DistillationTrainer(ResumableTrainer):
     """Trains a student to follow a teacher.
 
     Args:
@@ -69,17 +66,9 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
             the student itself. An engine with a copy of the weights gets the newest before each generation.
         callbacks, optimizers: as in `transformers.Trainer`.
 
-    Logged with every loss: `loss`, `loss_divergence`, `loss_ce`, `loss_lm`, `loss_router` (means per optimizer step;
-    the balance of the student's experts, without its coefficient), `nan_steps` (optimizer steps left out so far,
-    nan_policy "skip"), `phi`,
-    `batches_data` / `batches_fresh` / `batches_replay` (optimizer steps by source since the last log), `replay_size`
-    (all processes), `tokens_per_second` (all processes), `time_generation` / `time_teacher` / `time_student` /
-    `time_loss` / `time_other` (shares of the time, evaluation and checkpoints left out; where the loss is fused with
-    the heads, their products count as loss). `state.log_history` also has `batch_source`, the source of the last step.
-    With compressed teacher logits also `teacher_rows` and `reused_rows` (rows whose teacher output was computed, and
-    taken from store or cache, since the last log) and `reuse_disk_mib` (MiB of kept teacher logits, all processes).
-    Evaluation reports `eval_loss` (next-token cross-entropy on the ground truth, nats per token) and `eval_divergence`
-    (KL(teacher ‖ student)), both weighted by token.
+    Logged with every loss: what `distillm_ext.training.meters` lists. Evaluation reports `eval_loss` (next-token
+    cross-entropy on the ground truth, nats per token) and `eval_divergence` (KL(teacher ‖ student)), both weighted by
+    token.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or does not fit the configuration.
@@ -95,61 +84,71 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
     loss_is_scaled_for_ga = True
     args: DistillationConfig
     data_collator: DistillationCollator
+    run: Run
+    _not_finite: str | None = None  # of the newest evaluation, see `nonfinite_rows`
 
     def __init__(
         self,
         model: nn.Module,
-        teacher: nn.Module | teaching_setup.CacheLike | None,
+        teacher: nn.Module | CacheLike | None,
         args: DistillationConfig,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
-        teacher_cache: teaching_setup.CacheLike | None = None,
+        teacher_cache: CacheLike | None = None,
         lm_dataset: Dataset | None = None,
         generation_engine: Engine | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        teacher, teacher_cache = teaching_setup.split_teacher(teacher, teacher_cache)
+        teacher, teacher_cache = split_teacher(teacher, teacher_cache)
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         tokenizer = check_arguments(
-            model, teacher, args, processing_class, generation_engine, callbacks,
-            {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "lm_dataset": lm_dataset},
-        )  # fmt: skip
-        setup.check_processes(args)
-        models: dict[str, Any] = {"student": model, "teacher": teacher}
-        setup.check_lengths(args, models, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+            model, teacher, args, processing_class, generation_engine, callbacks, {**given, "lm_dataset": lm_dataset}
+        )
+        check_lengths(args, {"student": model, "teacher": teacher}, given)
         super().__init__(
             model=model,
             args=args,
             data_collator=DistillationCollator(padding_id(tokenizer, model, teacher)),
-            train_dataset=setup.prepare_train(train_dataset, tokenizer, args),
-            eval_dataset=setup.prepare_eval(eval_dataset, tokenizer, args),
+            train_dataset=prepare_train(train_dataset, tokenizer, args),
+            eval_dataset=prepare_eval(eval_dataset, tokenizer, args),
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.teacher = None if teacher is None else ModelTeacher(teacher, device=args.device, dtype=args.teacher_dtype)
-        self.teacher_cache = teaching_setup.open_cache(teacher_cache, model=self.teacher, tokenizer=tokenizer)
-        self.student = StudentForward(self.accelerator.unwrap_model(self.model), self.accelerator.autocast)
-        captured = None if self.teacher_cache is None else self.teacher_cache.spec.compression.vocab_size
-        self.vocab_size = compared_vocabulary(tokenizer, student=self.student.model, teacher=teacher, cache=captured)
-        self.check_rows({"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset})
-        dataset: Any = self.train_dataset if self.train_dataset is not None else self.eval_dataset
-        with self.accelerator.autocast():
-            setup.verify_heads(dataset, self.teacher, self.student)
-        self.eos_token_ids = setup.response_ends(args, tokenizer, models, self.train_dataset)
-        self.compression = teaching_setup.compression(args, self.teacher_cache, self.vocab_size)
-        if self.teacher is None and self.teacher_cache is not None:
-            teaching_setup.check_cache_alone(args, self.teacher_cache, self.train_dataset, self.eval_dataset)
-        self.tail = teaching_setup.compressed_tail(args, self.compression)
-        self.objectives = setup.make_objectives(args, self.vocab_size, self.tail)
-        blocks = setup.load_plain_text(args, lm_dataset, tokenizer, self.student.model)
-        self.generation_engine = generation_engine
-        self.plain_text = setup.make_plain_text(args, blocks, self.data_collator)
+        check_nan_policy(args, self.optimizer, deepspeed=self.is_deepspeed_enabled)
+        self.run = Run(
+            args,
+            self.accelerator,
+            student=lambda: self.accelerator.unwrap_model(self.model_wrapped),
+            teacher=teacher,
+            cache=teacher_cache,
+            tokenizer=tokenizer,
+            collator=self.data_collator,
+            splits={"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset},
+            lm_dataset=lm_dataset,
+            engine=generation_engine,
+            nan_report=NanReport(self),
+        )
         self.add_callback(KeepPadding(model))
-        self.watch_for_nan()
-        self.reset_extra_state()
+        self.add_callback(self.run.nan_guard)
+
+    @property
+    def teacher(self) -> ModelTeacher | None:
+        """The frozen teacher; None where there is a cache alone."""
+        return self.run.teacher
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of both vocabularies that the losses compare."""
+        return self.run.vocab_size
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """Replay buffer and sources of responses."""
+        return self.run.rollouts
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns: Any = _COLUMNS
@@ -160,53 +159,21 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of one optimizer step, from the source the policy chose, and their targets on all ranks."""
-        self._meters.begin()
-        self.teaching.settle()
+        self.run.meters.begin()
         batches = list(islice(epoch_iterator, num_batches))
         if not batches:
+            self.run.teaching.settle()
             return [], None
-        step = self.state.global_step
-        decision = self._decide(step, sum(len(batch["row"]) for batch in batches))
-        with self._meters.clock.section("generation"):
-            # state.epoch is a float that rounding may have left just below the next epoch.
-            batches = self.rollouts.realise(decision, batches, step=step, epoch=int(self.state.epoch + 1e-6))
-        self.teaching.begin_step(decision.source.value, batches, reusable=decision.source in _COMES_AGAIN)
-        if decision.store:
-            with self._meters.clock.section("teacher"):
-                self.teaching.adopt(self.rollouts.buffer.sequences())
-        texts = self.plain_text.step(step, len(batches)) if self.plain_text is not None else []
-        targets = [sum(len(batch["targets"]) for batch in part) for part in (batches, texts)]
-        counts = torch.tensor(targets, device=device)
-        counts = self.accelerator.reduce(counts, reduction="sum").clamp(min=1)
-        self._meters.start_step(decision.source.value, sum(batch["num_tokens"] for batch in (*batches, *texts)))
-        self.nan_guard.begin_step(StepRecord(step + 1, decision.source.value, batches))
-        for batch in batches:
-            batch["micro_batches"] = len(batches)
-        for batch, text in zip(batches, texts, strict=False):
-            batch |= {"plain_text": text, "plain_text_items": counts[1]}
-        return batches, counts[0]
-
-    def _decide(self, step: int, batch_size: int) -> Decision:
-        if self.objectives.warming_up(step):
-            return Decision(Source.DATA)
-        before, buffer = self.objectives.steps_before_main, self.rollouts.buffer
-        context = StepContext(
-            step=step - before,
-            total_steps=self.state.max_steps - before,
-            draw=uniform(self.args.seed, Stream.SOURCE, step),
-            batch_size=batch_size,
-            buffer_size=len(buffer),
-            buffer_capacity=buffer.capacity,
-        )
-        return self.policy.decide(context)
+        state, epoch = self.state, int(self.state.epoch + 1e-6)  # which rounding may have left just below the next
+        return self.run.step_batches(batches, step=state.global_step, total_steps=state.max_steps, epoch=epoch)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """As in the parent, timed as the student's share (the teacher's and the loss's are taken off it)."""
-        with self._meters.clock.section("student"):
+        with self.run.meters.clock.section("student"):
             loss = super().training_step(model, inputs, num_items_in_batch)
-            return self.nan_guard.add_micro_batch(loss, model)
+            return self.run.nan_guard.add_micro_batch(loss, model)
 
     def compute_loss(
         self,
@@ -223,75 +190,111 @@ class DistillationTrainer(TokenWeightedEvaluation, RunState):
             return_outputs: also return the detached loss parts.
             num_items_in_batch: targets of the step on all ranks; None takes those of this micro-batch.
         """
-        step, clock = self.state.global_step, self._meters.clock
-        objective = self.objectives.at(step)
-        text = inputs.get("plain_text")
-        batches = [TokenBatch.from_inputs(part) for part in (inputs, text) if part is not None]
-        count = num_items_in_batch if num_items_in_batch is not None else max(len(inputs["targets"]), 1)
-        with clock.section("teacher") if objective.needs_teacher else contextlib.nullcontext():
-            teacher = self.teaching.targets(inputs) if objective.needs_teacher else None
-        found, own = LossParts(torch.zeros(())), list[ModelLoss]()
-
-        def consume(rows: list[StudentOutput]) -> Tensor:
-            nonlocal found
-            with clock.section("loss"):
-                truth = inputs.get("ground_truth", True)
-                found = objective(rows[0], teacher, inputs["targets"], num_items=count, ground_truth=truth)
-                if text is not None:
-                    found = self._with_plain_text(found, rows[1], text["targets"], inputs["plain_text_items"])
-                if own:
-                    found = found.plus(mean_term(own, inputs.get("micro_batches", 1), self.accelerator.num_processes))
-                # DDP and FSDP average gradients over processes, and the count is over all of them.
-                return found.total * self.accelerator.num_processes
-
-        loss = self.student(model, batches, consume, fused=True, model_losses=own)
-        parts = {name: part * self.accelerator.num_processes for name, part in found.parts.items()}
-        self._meters.add_losses(step, {**parts, "total": found.total.detach() * self.accelerator.num_processes})
+        count = max(len(inputs["targets"]), 1) if num_items_in_batch is None else num_items_in_batch
+        loss, parts = micro_batch_loss(self.run, model, inputs, count, step=self.state.global_step)
         return (loss, parts) if return_outputs else loss
 
-    def _with_plain_text(self, loss: LossParts, rows: StudentOutput, targets: Tensor, count: Tensor) -> LossParts:
-        lm = cross_entropy(rows, targets, count)
-        return LossParts(loss.total + self.args.lm_weight * lm, {**loss.parts, "lm": lm.detach()})
+    # ---- steps of NaN or inf
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the parent; a run that ends with weights of NaN or inf is an error."""
+        result = super().train(*args, **kwargs)
+        self._check_weights()
+        return result
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """As in the parent, which calls it after clipping and before the optimizer step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.is_deepspeed_enabled:  # there the step has been taken
+            self.run.nan_guard.add_grad_norm(norm)
+        return norm
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.run.meters.clock.section("excluded"):
+            self._check_weights()
+            super()._save_checkpoint(model, trial)
+
+    def _check_weights(self) -> None:
+        self.run.nan_guard.settle()
+        check_weights(self.model_wrapped, self.accelerator, self.state.global_step)
 
     # ---- validation and logs
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As in the parent, over the whole set: `dataloader_drop_last` and `even_batches` concern training.
+
+        Args:
+            eval_dataset: None or a name is the trainer's own set. Another one may hold rows as `eval_dataset` of the
+                trainer does: they are tokenised and numbered here.
+        """
+        # The parent hands over the trainer's own set, which has been prepared.
+        own = eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset
+        with whole_set(self.args, self.accelerator, keep_workers=own):
+            return super().get_eval_dataloader(eval_dataset if own else self._prepared(eval_dataset, "eval_dataset"))
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As `get_eval_dataloader`."""
+        with whole_set(self.args, self.accelerator, keep_workers=False):
+            return super().get_test_dataloader(self._prepared(test_dataset, "test_dataset"))
+
+    def _prepared(self, dataset: Any, name: str) -> Any:
+        self.run.check_rows({name: (rows := prepare_split(dataset, self.processing_class, self.args, name))})
+        return rows
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        return keep_origin(super()._remove_unused_columns(dataset, description), dataset)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """See `evaluate_by_token`. A warning names the rows whose loss or divergence is NaN or inf."""
+        model = evaluation_model(self.model, self.optimizer, self.accelerator)
+
+        def sums_of(inputs: Any) -> tuple[Tensor, Tensor]:
+            inputs = self._prepare_inputs(inputs)
+            sums = self.run.validation_sums(model, inputs)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            return inputs["row"], sums
+
+        found = evaluate_by_token(
+            dataloader, sums_of, accelerator=self.accelerator, description=description, prefix=metric_key_prefix
+        )
+        self._not_finite = found.not_finite
+        if found.not_finite is not None and self.is_world_process_zero():
+            best = "; such a checkpoint is not taken for the best one" if self.args.load_best_model_at_end else ""
+            logger.warning("step %d: %s%s", self.state.global_step, found.not_finite, best)
+        return EvalLoopOutput(None, None, metrics=found.metrics, num_samples=found.num_rows)  # type: ignore[arg-type]
+
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """As in the parent, but once at step 0; what follows from it is `Run.observe`."""
         step = self.state.global_step
-        self.nan_guard.settle()
+        self.run.nan_guard.settle()
         if skip_scheduler and step > 0:
             return {}  # the evaluation on start belongs to step 0: a resumed run has had it
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if "eval_loss" in metrics:
-            # The validation at the end of a warm-up is the reference that the method starts from.
-            before = self.objectives.steps_before_main
-            self.policy.observe(metrics["eval_loss"], begun=before == 0 or step > before)
+        self.run.observe(metrics, step=step, not_finite=self._not_finite)
         return metrics
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in the parent; its time is left out of the training's shares."""
-        with self._meters.clock.section("excluded"):
+        with self.run.meters.clock.section("excluded"):
             return super().evaluate(*args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self._meters.clock.section("excluded"):
-            self.check_weights()
-            super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss parts, φ, sources, sizes, speed and time shares to every log of the training loss."""
         if "loss" not in logs or not self.is_in_train:
-            held = setup.sum_over_processes(self.accelerator, self.teaching.sizes()) if "train_runtime" in logs else {}
-            return super().log({**logs, **held}, start_time)
-        self.nan_guard.settle()
-        report = self._meters.report(
-            lambda values: self.accelerator.gather(values.unsqueeze(0)), len(self.rollouts.buffer)
-        )
-        report |= setup.sum_over_processes(self.accelerator, {**self.teaching.counters(), **self.teaching.sizes()})
-        if self.args.nan_policy == "skip":
-            report["nan_steps"] = self.nan_guard.skipped
+            sizes = self.run.teaching.sizes() if "train_runtime" in logs else {}
+            return super().log({**logs, **sum_over_processes(self.accelerator, sizes)}, start_time)
+        self.run.nan_guard.settle()
+        report = self.run.report()
         # Where no step since the last log was taken there is no loss to report.
         logs = {name: value for name, value in logs.items() if name != "loss" or name in report}
-        super().log({**logs, **report, **self.policy.metrics()}, start_time)
+        super().log({**logs, **report}, start_time)
         # Text is for the history alone: TensorBoard takes numbers only.
         newest: dict[str, Any] = self.state.log_history[-1]
-        newest["batch_source"] = self._meters.last_source
+        newest["batch_source"] = self.run.meters.last_source

@@ -8,29 +8,20 @@ counts once, and a set of which rows are missing is an error.
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
 
 from distillm_ext.containers import LinearHead
-from distillm_ext.data.rows.origin import keep_origin, name_row, origin_of
+from distillm_ext.data.rows.origin import name_row, origin_of
 from distillm_ext.functional import distillation_loss
 from distillm_ext.linear import linear_cross_entropy_loss, linear_distillation_parts
-from distillm_ext.models.logit_reader import StudentOutput, Targets, TokenBatch, head_logits
-from distillm_ext.models.student_forward import StudentForward
-from distillm_ext.training.config import DistillationConfig
-from distillm_ext.training.setup import prepare_split
-from distillm_ext.training.teaching.sources import LiveTargets
-
-logger = logging.getLogger(__name__)
+from distillm_ext.models.logit_reader import StudentOutput, Targets, head_logits
 
 
 def token_losses(
@@ -145,127 +136,69 @@ def nonfinite_rows(rows: np.ndarray, sums: np.ndarray, dataset: Any, prefix: str
     return f"NaN or inf in {' and '.join(metrics)}: {len(found)} of {len(rows)} rows ({'; '.join(named)})"
 
 
-class TokenWeightedEvaluation(Trainer):
-    """A trainer whose evaluation reports cross-entropy and divergence by token; no predictions are kept.
+@dataclass(frozen=True)
+class TokenMetrics:
+    """What an evaluation found.
 
-    The class it is mixed into has `teaching`, `vocab_size`, `tail`, `check_rows`, and `student`, a `StudentForward`.
+    Attributes:
+        metrics: of `token_means`.
+        num_rows: rows it was taken from.
+        not_finite: see `nonfinite_rows`.
     """
 
-    args: DistillationConfig
-    student: StudentForward
-    teaching: LiveTargets
-    vocab_size: int
-    tail: str
-    _nonfinite: str | None = None
+    metrics: dict[str, float]
+    num_rows: int
+    not_finite: str | None
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """As in the parent, over the whole set: `dataloader_drop_last` and `even_batches` concern training.
 
-        Args:
-            eval_dataset: None or a name is the trainer's own set. Another one may hold rows as `eval_dataset` of the
-                trainer does: they are tokenised and numbered here.
-        """
-        # The parent hands over the trainer's own set, which has been prepared.
-        own = eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset
-        with self._whole_set(keep_workers=own):
-            return super().get_eval_dataloader(eval_dataset if own else self._numbered(eval_dataset, "eval_dataset"))
+@torch.no_grad()
+def evaluate_by_token(
+    loader: Any, sums_of: Callable[[Any], tuple[Tensor, Tensor]], *, accelerator: Any, description: str, prefix: str
+) -> TokenMetrics:
+    """Cross-entropy and divergence over a whole set, each row once; no predictions are kept.
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """As `get_eval_dataloader`."""
-        with self._whole_set(keep_workers=False):
-            return super().get_test_dataloader(self._numbered(test_dataset, "test_dataset"))
+    Args:
+        loader: batches of prepared rows, `loader.dataset`, on any number of processes; every process calls.
+        sums_of: batch → (numbers [B] of its rows, [B, 3] sums of `row_sums`).
+        accelerator: of the run.
+        description: of the evaluation, for the error.
+        prefix: of the metrics.
 
-    def _numbered(self, dataset: Any, name: str) -> Dataset:
-        rows = prepare_split(dataset, self.processing_class, self.args, name)
-        run: Any = self
-        run.check_rows({name: rows})
-        return rows
+    Raises:
+        RuntimeError: the loader left rows out.
+    """
+    totals = RowTotals(accelerator.device)
+    for inputs in loader:
+        totals.add(*sums_of(inputs))
+    rows, sums = totals.collect(accelerator)
+    expected = len(loader.dataset)
+    if len(rows) != expected:
+        raise RuntimeError(f"{description}: {len(rows)} of {expected} rows were seen; the loader leaves rows out")
+    return TokenMetrics(token_means(sums, prefix), len(rows), nonfinite_rows(rows, sums, loader.dataset, prefix))
 
-    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        return keep_origin(super()._remove_unused_columns(dataset, description), dataset)
 
-    @contextlib.contextmanager
-    def _whole_set(self, *, keep_workers: bool) -> Iterator[None]:
-        """Options under which a loader leaves no row out.
+def evaluation_model(model: Any, optimizer: Any, accelerator: Any) -> Any:
+    """The student in evaluation mode, prepared where no training has done so."""
+    if not accelerator._models:
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+    model.eval()
+    if callable(getattr(optimizer, "eval", None)):  # some optimizers train with other weights than they give
+        optimizer.eval()
+    return model
 
-        Without `even_batches` a process may have no last batch, and the others would wait for it in the forward pass.
-        The parent keeps a loader of persistent workers under one name for every set that it is handed: a set that is
-        none of the trainer's own must not get the loader of another.
-        """
-        args, accelerator = self.args, self.accelerator
-        before = args.dataloader_drop_last, args.dataloader_persistent_workers, accelerator.even_batches
-        args.dataloader_drop_last, accelerator.even_batches = False, True
-        args.dataloader_persistent_workers = before[1] and keep_workers
-        try:
-            yield
-        finally:
-            args.dataloader_drop_last, args.dataloader_persistent_workers, accelerator.even_batches = before
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Cross-entropy and divergence over the whole set; no predictions are kept. A warning names the rows of which
-        they are NaN or inf.
+@contextlib.contextmanager
+def whole_set(args: Any, accelerator: Any, *, keep_workers: bool) -> Iterator[None]:
+    """Options under which transformers makes a loader that leaves no row out.
 
-        Raises:
-            RuntimeError: the loader left rows out.
-        """
-        model: Any = self.model
-        if not self.accelerator._models:  # evaluation before any training
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        model.eval()
-        optimizer: Any = self.optimizer
-        if callable(getattr(optimizer, "eval", None)):  # some optimizers train with other weights than they give
-            optimizer.eval()
-        totals = RowTotals(self.args.device)
-        for inputs in dataloader:
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad():
-                totals.add(inputs["row"], self._validate(model, inputs))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        rows, sums = totals.collect(self.accelerator)
-        expected = len(dataloader.dataset)
-        if len(rows) != expected:
-            raise RuntimeError(f"{description}: {len(rows)} of {expected} rows were seen; the loader leaves rows out")
-        metrics = token_means(sums, metric_key_prefix)
-        self._warn_of(nonfinite_rows(rows, sums, dataloader.dataset, metric_key_prefix))
-        nothing: Any = None
-        return EvalLoopOutput(predictions=nothing, label_ids=None, metrics=metrics, num_samples=len(rows))
-
-    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        """The validation of a run. Every process has the same sums, so all of them raise or none does.
-
-        Raises:
-            FloatingPointError: the loss that φ of the policy "adaptive_off_policy" depends on is NaN or inf.
-        """
-        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-        if self.args.policy == "adaptive_off_policy" and not np.isfinite(metrics.get("eval_loss", 0.0)):
-            raise FloatingPointError(
-                f"step {self.state.global_step}: {self._nonfinite}. Policy 'adaptive_off_policy' sets φ by the "
-                "validation loss: correct or remove these rows, or, where all rows are at fault, go on from an "
-                "earlier checkpoint with a smaller learning_rate"
-            )
-        return metrics
-
-    def _warn_of(self, found: str | None) -> None:
-        self._nonfinite = found
-        if found is None or not self.is_world_process_zero():
-            return
-        best = "; a checkpoint with such a metric is not taken for the best one"
-        logger.warning("step %d: %s%s", self.state.global_step, found, best if self.args.load_best_model_at_end else "")
-
-    def _validate(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        batch = TokenBatch.from_inputs(inputs)
-        num_rows, length = inputs["input_ids"].shape
-        teacher = self.teaching.evaluation_targets(inputs)
-
-        def consume(students: list[StudentOutput]) -> Tensor:
-            rows = batch.positions // length
-            return row_sums(students[0], teacher, inputs["targets"], rows, num_rows, self.vocab_size, self.tail)
-
-        return self.student(model, [batch], consume, fused=True)
+    Without `even_batches` a process may have no last batch, and the others would wait for it in the forward pass.
+    transformers keeps a loader of persistent workers under one name for every set that it is handed: a set that is none
+    of the trainer's own must not get the loader of another, so its workers are not kept.
+    """
+    before = args.dataloader_drop_last, args.dataloader_persistent_workers, accelerator.even_batches
+    args.dataloader_drop_last, accelerator.even_batches = False, True
+    args.dataloader_persistent_workers = before[1] and keep_workers
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last, args.dataloader_persistent_workers, accelerator.even_batches = before

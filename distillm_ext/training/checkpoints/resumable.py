@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import Trainer
@@ -26,24 +25,30 @@ from distillm_ext.training.checkpoints.folders import (
 logger = logging.getLogger(__name__)
 
 
-class ResumableTrainer(Trainer):
-    """Adds a completion marker (see `checkpoints.folders`) and hooks for what a subclass must save."""
+class Resumable(Protocol):
+    """What a checkpoint carries beside transformers' own files."""
 
-    @abstractmethod
-    def extra_state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """JSON-serialisable state that is equal on all ranks."""
+        ...
 
-    @abstractmethod
-    def extra_tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Tensors of this rank."""
+        ...
 
-    @abstractmethod
-    def reset_extra_state(self) -> None:
+    def reset(self) -> None:
         """Goes back to the state before step 0."""
+        ...
 
-    @abstractmethod
-    def load_extra_state(self, state: Mapping[str, Any], tensors: list[dict[str, Tensor]]) -> None:
-        """Restores `extra_state` and, from those of every rank that saved, `extra_tensors`."""
+    def restore(self, state: Mapping[str, Any], tensors: Sequence[Mapping[str, Tensor]]) -> None:
+        """Restores `state` and, from those of every rank that saved, `tensors`."""
+        ...
+
+
+class ResumableTrainer(Trainer):
+    """Adds a completion marker (see `checkpoints.folders`) and what `run` holds. A subclass sets `run`."""
+
+    run: Resumable
 
     def train(
         self,
@@ -67,9 +72,9 @@ class ResumableTrainer(Trainer):
                 "what is to be trained"
             )
         path = self._resolve_checkpoint(resume_from_checkpoint)
-        self.reset_extra_state()
+        self.run.reset()
         if path is not None:
-            self.load_extra_state(*load_state(Path(path)))
+            self.run.restore(*load_state(Path(path)))
         return super().train(resume_from_checkpoint=path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
 
     def _resolve_checkpoint(self, wanted: str | bool | None) -> str | None:
@@ -123,8 +128,8 @@ class ResumableTrainer(Trainer):
         self._save_transformers_files(model, trial)
         save_state(
             folder,
-            state=self.extra_state() if self.args.should_save else None,
-            tensors=self.extra_tensors(),
+            state=self.run.state() if self.args.should_save else None,
+            tensors=self.run.tensors(),
             rank=self.args.process_index,
             world_size=self.args.world_size,
         )

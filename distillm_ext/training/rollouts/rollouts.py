@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,8 +11,10 @@ import torch
 from torch import Tensor
 
 from distillm_ext.data.batches import DistillationCollator, move_batch
-from distillm_ext.data.draws import Stream, derive_seed
+from distillm_ext.data.draws import Stream, derive_seed, preserved_rng
 from distillm_ext.data.sequences import TokenSequence, pack_sequences, unpack_sequences
+from distillm_ext.generation import Engine, SamplingParams
+from distillm_ext.generation.positions import limits_within
 from distillm_ext.training.rollouts.policies import Decision, Source
 from distillm_ext.training.rollouts.replay import ReplayBuffer
 
@@ -29,18 +29,42 @@ class ResponseSource(Protocol):
         ...
 
 
-@contextlib.contextmanager
-def preserved_rng(device: torch.device) -> Iterator[None]:
-    """Leaves Python's, NumPy's, torch's and the device's global generators as they were: whether a step generates must
-    not change the dropout or the data order of the steps after it."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+@dataclass(frozen=True)
+class EngineResponses:
+    """Answers prompts with an engine that holds the newest weights: a `ResponseSource`.
+
+    Attributes:
+        engine: generates.
+        params: sampling parameters.
+        max_new_tokens: most tokens of a response.
+        max_length: most tokens of prompt and response.
+        eos_token_ids: tokens that end a response.
+        vocab_size: only ids below it are generated: the other model may not know more.
+        weights: the trained model's weights, for an engine that has a copy of its own.
+    """
+
+    engine: Engine
+    params: SamplingParams
+    max_new_tokens: int
+    max_length: int
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int | None = None
+    weights: Callable[[], Iterable[tuple[str, Tensor]]] = tuple
+
+    def __call__(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int]]:
+        """One response per prompt, a function of the weights, the prompt and its seed.
+
+        Raises:
+            ValueError: a prompt that fills `max_length`; the message names it.
+        """
+        if not self.engine.shares_weights:
+            self.engine.update_weights(self.weights())
+        lengths = [len(prompt) for prompt in prompts]
+        limits = limits_within([self.max_new_tokens] * len(prompts), lengths, self.max_length, "max_length")
+        return self.engine.generate(
+            prompts, self.params, max_new_tokens=limits, eos_token_ids=self.eos_token_ids, seeds=seeds,
+            vocab_size=self.vocab_size,
+        ).token_ids  # fmt: skip
 
 
 @dataclass

@@ -1,25 +1,22 @@
-"""Which teacher a run has: a model, a cache of its output, or both; and what follows from that."""
+"""Which teacher a run has: a model, a cache of its output, or both; and what a run can do with that cache."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from datasets import Dataset
 
-from distillm_ext.data.batches import DistillationCollator
+from distillm_ext.data.tokenise import parts_of
 from distillm_ext.models.frozen_teacher import ModelTeacher
 from distillm_ext.models.vocabulary import tokenizer_size
 from distillm_ext.paths import expand_path
 from distillm_ext.teacher import CacheMismatch, TeacherCache
 from distillm_ext.teacher.keys import sequence_key
 from distillm_ext.teacher.settings import CompressionSettings
-from distillm_ext.training.config import DistillationConfig
-from distillm_ext.training.teaching.rules import check_cache_policy, check_compressed_loss, tail_of
-from distillm_ext.training.teaching.sources import KeptTargets, LiveTargets
-from distillm_ext.training.teaching.stores import ReuseStores
+from distillm_ext.training.teaching.rules import check_cache_policy, check_compressed_loss
 
 CacheLike = str | Path | TeacherCache
 
@@ -72,45 +69,41 @@ def open_cache(cache: CacheLike | None, *, model: ModelTeacher | None, tokenizer
     return opened
 
 
-def needed_temperatures(args: DistillationConfig) -> tuple[float, ...]:
-    """Temperatures at which a loss of the run reads the teacher, ascending."""
-    warmup = {1.0} if args.warmup_objective == "forward_kl" and args.warmup_objective_steps else set()
-    return tuple(sorted({float(args.temperature), *warmup}))
+def compression_of_cache(
+    cache: TeacherCache,
+    *,
+    vocab_size: int,
+    reuse: str,
+    temperatures: Sequence[float],
+    divergence: str,
+    alpha: float | None,
+    tail: str | None,
+    temperature: float,
+) -> CompressionSettings:
+    """How the cache's logits were compressed, which all teacher logits of a run that reads it then are.
 
-
-def compression(args: DistillationConfig, cache: TeacherCache | None, vocab_size: int) -> CompressionSettings | None:
-    """The compression of the run's teacher, None where its logits are used as they are.
+    Args:
+        cache: opened.
+        vocab_size: entries that the losses compare.
+        reuse: `reuse_teacher_logits` of the run.
+        temperatures: at which its losses read the teacher.
+        divergence, alpha, tail, temperature: of its main loss.
 
     Raises:
-        ValueError: what the configuration asks for cannot be had from the cache.
+        ValueError: the run's losses cannot be had from the cache; names the setting.
     """
-    if cache is None:
-        if args.reuse_teacher_logits == "off":
-            if args.tail is not None:
-                raise ValueError(
-                    f"tail: says how compressed teacher logits are read, and the teacher's are not compressed; set "
-                    f"reuse_teacher_logits or leave it out, got {args.tail!r}"
-                )
-            return None
-        return CompressionSettings(
-            vocab_size, args.reuse_k, args.reuse_teacher_logits, args.reuse_codec, needed_temperatures(args),
-            labels=False, seed=args.seed,
-        )  # fmt: skip
     settings = cache.spec.compression
-    if args.reuse_teacher_logits not in ("off", settings.method):
+    if reuse not in ("off", settings.method):
         raise ValueError(
             f"reuse_teacher_logits: the cache was captured with method {settings.method!r}, which all teacher logits "
-            f"of the run then have; expected {settings.method!r} or 'off', got {args.reuse_teacher_logits!r}"
+            f"of the run then have; expected {settings.method!r} or 'off', got {reuse!r}"
         )
-    check_compressed_loss(
-        args.divergence, alpha=args.alpha, tail=args.tail, temperature=args.temperature, method=settings.method
-    )
-    for temperature in needed_temperatures(args):
-        if not has_temperature(settings, temperature):
+    check_compressed_loss(divergence, alpha=alpha, tail=tail, temperature=temperature, method=settings.method)
+    for wanted in temperatures:
+        if not has_temperature(settings, wanted):
             raise ValueError(
-                f"temperature: {temperature:g} was not captured; the cache has "
-                f"{', '.join(format(t, 'g') for t in settings.temperatures)}. Capture with "
-                f"--temperatures {temperature:g}"
+                f"temperature: {wanted:g} was not captured; the cache has "
+                f"{', '.join(format(t, 'g') for t in settings.temperatures)}. Capture with --temperatures {wanted:g}"
             )
     if settings.method == "sample" and vocab_size < settings.vocab_size:
         raise ValueError(
@@ -125,68 +118,28 @@ def has_temperature(settings: CompressionSettings, temperature: float) -> bool:
     return any(math.isclose(kept, temperature, rel_tol=1e-6) for kept in settings.temperatures)
 
 
-def compressed_tail(args: DistillationConfig, settings: CompressionSettings | None) -> str:
-    """`tail` of the run's losses; without compression it is not looked at."""
-    return "bucket" if settings is None else tail_of(args.tail, settings.method)
-
-
-def make_teaching(
-    args: DistillationConfig,
-    settings: CompressionSettings | None,
-    *,
-    model: ModelTeacher | None,
-    cache: TeacherCache | None,
-    collator: DistillationCollator,
-    train_dataset: Any,
-) -> LiveTargets:
-    """What the losses read of the teacher."""
-    if settings is None:
-        assert model is not None  # without a cache there is a model
-        return LiveTargets(model)
-    stores = ReuseStores(
-        settings.record_bytes,
-        folder=Path(str(args.output_dir)),
-        rank=args.process_index,
-        world_size=args.world_size,
-        num_rows=len(train_dataset) if train_dataset is not None else 0,
-        gather=gather_object,
-    )
-    return KeptTargets(
-        settings,
-        model=model,
-        cache=cache,
-        stores=stores,
-        collator=collator,
-        batch_size=args.per_device_train_batch_size,
-        device=args.device,
-    )
-
-
-def check_cache_alone(
-    args: DistillationConfig,
-    cache: TeacherCache,
-    train_dataset: Dataset | None,
-    eval_dataset: Dataset | dict[str, Dataset] | None,
-) -> None:
+def check_cache_alone(cache: TeacherCache, splits: Mapping[str, Any], *, policy: str, rank: int, world: int) -> None:
     """Refuses, before any step, what a run without a teacher model could not do.
+
+    Args:
+        cache: opened.
+        splits: prepared rows by name, None where there are none.
+        policy: the run's data policy.
+        rank, world: of this process, which looks at its share of the rows.
 
     Raises:
         ValueError: a policy that needs fresh responses; an evaluation at a temperature that was not captured; a row
             that is not in the cache, by number.
     """
-    check_cache_policy(args.policy)
-    splits = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    if any(split is not None for split in splits.values()):
-        if not has_temperature(cache.spec.compression, 1.0):
-            raise ValueError(
-                "eval_dataset: the divergence of the validation is taken at temperature 1, which the cache lacks; "
-                "capture with --temperatures 1 beside the others, or pass no eval_dataset"
-            )
-    named = {"train_dataset": train_dataset}
-    named |= {f"eval_dataset[{name}]" if name else "eval_dataset": split for name, split in splits.items()}
+    check_cache_policy(policy)
+    named = parts_of(splits)
+    if any(name != "train_dataset" for name in named) and not has_temperature(cache.spec.compression, 1.0):
+        raise ValueError(
+            "eval_dataset: the divergence of the validation is taken at temperature 1, which the cache lacks; capture "
+            "with --temperatures 1 beside the others, or pass no eval_dataset"
+        )
     for name, split in named.items():
-        if split is not None:
-            _check_rows(cache, split, name, args.process_index, args.world_size)
+        _check_rows(cache, split, name, rank, world)
 
 
 def _check_rows(cache: TeacherCache, dataset: Dataset, name: str, rank: int, world_size: int) -> None:

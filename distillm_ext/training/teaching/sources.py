@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,64 +23,104 @@ from distillm_ext.data.batches import DistillationCollator, move_batch
 from distillm_ext.data.sequences import TokenSequence
 from distillm_ext.models.frozen_teacher import ModelTeacher
 from distillm_ext.models.logit_reader import Targets, TokenBatch
-from distillm_ext.teacher.keys import draw_positions
+from distillm_ext.models.teacher_records import compute_records, upload
 from distillm_ext.teacher.settings import CompressionSettings
 from distillm_ext.training.teaching.stores import RecordSource, ReuseStores
 
 logger = logging.getLogger(__name__)
 
 
-class LiveTargets:
-    """The teacher's logits (or its hidden states and head), computed for every batch."""
-
-    def __init__(self, model: ModelTeacher) -> None:
-        self.model = model
+class TeacherSource(Protocol):
+    """What the losses read of the teacher, whatever gives it."""
 
     def targets(self, inputs: Mapping[str, Any]) -> Targets:
         """What the training loss reads for a collated batch."""
-        return self.model.outputs(TokenBatch.from_inputs(dict(inputs)))
+        ...
 
     def evaluation_targets(self, inputs: Mapping[str, Any]) -> Targets:
         """What the validation reads."""
-        return self.targets(inputs)
+        ...
 
     def again(self, inputs: Mapping[str, Any]) -> Targets:
         """What `targets` gave for a batch of this run; nothing is kept or counted."""
-        return self.targets(inputs)
+        ...
 
     def settle(self) -> None:
         """Every process: what was computed since the last call becomes part of the store of all of them."""
+        ...
 
     def begin_step(self, source: str, batches: Sequence[Mapping[str, Any]], *, reusable: bool) -> None:
         """Announces the batches of an optimizer step, and whether their sequences come again."""
+        ...
 
     def adopt(self, sequences: Sequence[TokenSequence]) -> None:
         """Keeps the teacher's output of exactly these replayed sequences; computes what is missing."""
+        ...
 
     def counters(self) -> dict[str, float]:
         """What this process reports of the steps since the last call."""
-        return {}
+        ...
 
     def sizes(self) -> dict[str, float]:
         """What this process holds."""
-        return {}
+        ...
 
     def state(self) -> dict[str, Any]:
         """JSON-serialisable state, equal on all ranks."""
-        return {}
+        ...
 
     def pack(self) -> dict[str, Tensor]:
         """Tensors of this rank for a checkpoint."""
-        return {}
+        ...
 
     def unpack(
         self, state: Mapping[str, Any], saved: Sequence[Mapping[str, Tensor]], replayed: Sequence[bytes]
     ) -> None:
         """Restores `state` and `pack`; `replayed` are the keys of the sequences in the replay buffer."""
+        ...
 
 
-class KeptTargets(LiveTargets):
-    """Compressed teacher logits.
+class LiveTargets:
+    """A `TeacherSource`: the teacher's logits (or its hidden states and head), of every batch; nothing is kept."""
+
+    def __init__(self, model: ModelTeacher) -> None:
+        self.model = model
+
+    def targets(self, inputs: Mapping[str, Any]) -> Targets:
+        return self.model.outputs(TokenBatch.from_inputs(inputs))
+
+    evaluation_targets = targets
+    again = targets
+
+    def settle(self) -> None:
+        pass
+
+    def begin_step(self, source: str, batches: Sequence[Mapping[str, Any]], *, reusable: bool) -> None:
+        pass
+
+    def adopt(self, sequences: Sequence[TokenSequence]) -> None:
+        pass
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    def sizes(self) -> dict[str, float]:
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def pack(self) -> dict[str, Tensor]:
+        return {}
+
+    def unpack(
+        self, state: Mapping[str, Any], saved: Sequence[Mapping[str, Tensor]], replayed: Sequence[bytes]
+    ) -> None:
+        pass
+
+
+class KeptTargets:
+    """A `TeacherSource`: compressed teacher logits, computed once per sequence.
 
     Args:
         settings: the compression.
@@ -115,7 +155,7 @@ class KeptTargets(LiveTargets):
     # ---- one batch
 
     def targets(self, inputs: Mapping[str, Any]) -> CompressedLogits:
-        """See the parent. The teacher sees the rows of the batch that are not known yet, and no others."""
+        """The teacher sees the rows of the batch that are not known yet, and no others."""
         keys, counts = inputs["keys"], inputs["row_targets"]
         found = [self._find(key) for key in keys]
         missing = [index for index, records in enumerate(found) if records is None]
@@ -138,7 +178,7 @@ class KeptTargets(LiveTargets):
     def evaluation_targets(self, inputs: Mapping[str, Any]) -> Targets:
         """The teacher's own logits where there is a teacher, else the cache's."""
         if self.teacher is not None:
-            return self.teacher.outputs(TokenBatch.from_inputs(dict(inputs)))
+            return self.teacher.outputs(TokenBatch.from_inputs(inputs))
         return self.again(inputs)
 
     def again(self, inputs: Mapping[str, Any]) -> Targets:
@@ -211,35 +251,6 @@ class KeptTargets(LiveTargets):
         self.stores.unpack(saved, replayed)
 
 
-def compute_records(
-    teacher: ModelTeacher, settings: CompressionSettings, inputs: Mapping[str, Any], rows: Sequence[int]
-) -> Tensor:
-    """[targets of these rows of a collated batch, record_bytes] uint8 on the device, from a teacher forward."""
-    return settings.pack(compute_compressed(teacher, settings, inputs, rows))
-
-
-def compute_compressed(
-    teacher: ModelTeacher, settings: CompressionSettings, inputs: Mapping[str, Any], rows: Sequence[int]
-) -> CompressedLogits:
-    """[targets of these rows of a collated batch] compressed logits on the device, from a teacher forward."""
-    batch, targets = TokenBatch.from_inputs(dict(inputs)), inputs["targets"]
-    keys, counts = inputs["keys"], inputs["row_targets"]
-    device = targets.device
-    if len(rows) < len(keys):
-        batch, targets = _rows_of(batch, targets, rows, counts, device)
-    position = None
-    if settings.method == "sample":
-        position = upload(draw_positions([keys[row] for row in rows], [counts[row] for row in rows]), device)
-    labels = targets if settings.labels else None
-    return teacher.compressed(batch, settings, labels, position)
-
-
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A host array on the device, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def _names(inputs: Mapping[str, Any], rows: Sequence[int]) -> str:
     return "row " + ", ".join(str(inputs["row_numbers"][row]) for row in rows)
 
@@ -250,20 +261,3 @@ def _interleaved(counts: Sequence[int], computed: set[int]) -> np.ndarray:
     place = np.empty(len(groups), dtype=np.int64)
     place[np.argsort(groups, kind="stable")] = np.arange(len(groups))
     return place
-
-
-def _rows_of(
-    batch: TokenBatch, targets: Tensor, rows: Sequence[int], counts: Sequence[int], device: torch.device
-) -> tuple[TokenBatch, Tensor]:
-    """The part of a batch that has these rows, with its targets. All indices are known on the host."""
-    length = batch.input_ids.shape[1]
-    ends = np.cumsum([0, *counts])
-    chosen = np.concatenate([np.arange(ends[row], ends[row + 1]) for row in rows])
-    moved = np.repeat([(row - place) * length for place, row in enumerate(rows)], [counts[row] for row in rows])
-    index, chosen_targets = upload(np.asarray(rows, dtype=np.int64), device), upload(chosen, device)
-    part = TokenBatch(
-        batch.input_ids.index_select(0, index),
-        batch.attention_mask.index_select(0, index),
-        batch.positions.index_select(0, chosen_targets) - upload(moved.astype(np.int64), device),
-    )
-    return part, targets.index_select(0, chosen_targets)
