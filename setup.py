@@ -31,7 +31,8 @@ def fail(sentence: str) -> None:
 
 
 def sources(folder: str, *suffixes: str) -> list[str]:
-    found = sorted(path for path in (ROOT / "csrc" / folder).iterdir() if path.suffix in suffixes)
+    """All in a folder of csrc and in those within. No two may differ in the suffix alone, as their objects do not."""
+    found = sorted(path for path in (ROOT / "csrc" / folder).rglob("*") if path.suffix in suffixes)
     return [str(path.relative_to(ROOT)) for path in found]
 
 

@@ -7,8 +7,8 @@
 #include <optional>
 #include <tuple>
 
-#include "math/record_checks.h"
-#include "math/record_trim.h"
+#include "math/records/record_checks.h"
+#include "math/records/record_trim.h"
 
 namespace distillm {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "cpu/instruction_set.h"
+#include "cpu/instruction_sets/instruction_set.h"
 
 #ifndef DISTILLM_TORCH_VERSION
 #define DISTILLM_TORCH_VERSION "unknown"

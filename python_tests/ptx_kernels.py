@@ -141,6 +141,16 @@ def row_layout(array: np.ndarray) -> list[np.int64]:
     return [np.int64(per_block), np.int64(0 if array.ndim == 2 else strides[0]), np.int64(strides[-2])]
 
 
+def loss_arguments(
+    case: Any, loss: np.ndarray, alpha: float | None, beta: float | None, ignore_index: int = -100
+) -> list[Any]:
+    """The fields of LossArguments for a case with labels, weight, alpha_rows, cap, temperature and so on."""
+    return [
+        case.labels, case.weight, case.alpha_rows, case.cap, loss, np.int64(ignore_index), np.float32(alpha),
+        np.float32(beta), np.float32(1 / case.temperature), np.float32(case.ce_weight), np.bool_(case.detach_mixture),
+    ]  # fmt: skip
+
+
 def architecture(arch: str) -> int:
     return int(arch.removeprefix("sm_"))
 
@@ -174,10 +184,8 @@ def launch_divergence(
         *row_layout(placed), *row_layout(case.teacher), *row_layout(placed if gradient is None else gradient),
         np.int32(vocab), np.int32(teacher_vocab), np.int32(columns),
         *(np.int32(TYPE_NUMBERS[type_name(side)]) for side in (case.student, case.teacher)),
-        np.int32(staged), np.int32(kept),
-        case.labels, case.weight, case.alpha_rows, case.cap, loss, metrics, np.int64(case.ignore_index),
-        np.float32(case.alpha), np.float32(case.beta), np.float32(1 / case.temperature), np.float32(case.ce_weight),
-        np.int32(case.detach_mixture),
+        np.int32(staged), np.int32(kept), metrics,
+        *loss_arguments(case, loss, case.alpha, case.beta, case.ignore_index),
     )  # fmt: skip
     counters = module.launch(
         "divergence_kernel", rows * cluster, threads, [arguments], cluster=(cluster, 1, 1),
@@ -190,7 +198,7 @@ def launch_divergence(
 
 @dataclass(frozen=True)
 class Plan:
-    """struct DivergencePlan of csrc/cuda/divergence_plan.h."""
+    """struct DivergencePlan of csrc/cuda/divergence/divergence_plan.h."""
 
     cluster: int
     threads: int
@@ -214,7 +222,7 @@ def most_blocks_of_cluster(arch: str, clusters: bool) -> int:
 
 
 def plan_launch(case: DivergenceCase, arch: str, clusters: bool = True) -> Plan:
-    """What csrc/cuda/divergence.cu chooses on a device of this architecture."""
+    """What csrc/cuda/divergence/divergence.cu chooses on a device of this architecture."""
     module = divergence_module(arch, case.divergence, case.student, case.teacher)
     block, multiprocessor = (1024 * kilobytes for kilobytes in SHARED_KILOBYTES[architecture(arch)])
     static = module.kernel_info("divergence_kernel")["static_shared"]

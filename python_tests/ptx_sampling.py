@@ -110,7 +110,7 @@ def launch_sampling(
 
 
 def planned(case: SamplingCase, arch: str, clusters: bool = True) -> tuple[SamplingCase, int]:
-    """The case, and threads per block, as csrc/cuda/sample_tokens.cu launches it on a device of this
+    """The case, and threads per block, as csrc/cuda/sample_tokens/sample_tokens.cu launches it on a device of this
     architecture."""
     module = sampling_module(arch, case.logits)
     static = module.kernel_info("sample_tokens_kernel")["static_shared"]

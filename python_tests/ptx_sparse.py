@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import ptxsim
 import torch
-from ptx_kernels import compiled, flat_storage, type_name
+from ptx_kernels import compiled, flat_storage, loss_arguments, type_name
 from ptxsim.module import MAX_SHARED
 from sparse_cases import edited
 
@@ -101,8 +101,7 @@ def launch_sparse(
         student, target, uniform, np.int64(0), np.int64(stride), uniform, np.int64(0), np.int64(gradient_stride),
         np.int32(vocab), np.int32(gradient_vocab), np.int32(teacher.vocab_size), np.int32(teacher.k), np.int32(slots),
         np.int32(staged), np.int32(case.form), np.int32(TAILS.index(case.tail)), *sides,
-        case.labels, case.weight, case.alpha_rows, case.cap, loss, np.int64(-100), np.float32(alpha), np.float32(beta),
-        np.float32(1 / case.temperature), np.float32(case.ce_weight), np.int32(case.detach_mixture),
+        *loss_arguments(case, loss, alpha, beta),
     )  # fmt: skip
     module = module or sparse_module(arch, case.student)
     read_only = [x for x in sides if x is not None] + ([] if case.in_place else [student])

@@ -1,4 +1,4 @@
-"""Launches the CUDA kernels of `topk_logits` on numpy arrays through ptxsim, the way csrc/cuda/topk_logits.cu does."""
+"""Launches the CUDA kernels of `topk_logits` on numpy arrays through ptxsim, the way topk_logits.cu does."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def launch_topk(case: TopkCase, arch: str = "sm_90", **options: Any) -> TopkResu
         result.tail_logprob, result.label_logprob, result.valid, result.counts, workspace, np.int32(case.capacity),
         np.int32(count), np.int32(0), np.int32(count), *inverse, np.uint64(slot_of),
     )  # fmt: skip
-    name = "sample_logits_kernel" if sample else "topk_logits_kernel"
+    name = "draw_logits_kernel" if sample else "topk_logits_kernel"
     result.counters = topk_module(case, arch).launch(
         name, rows, case.threads, [arguments], shared_bytes=case.shared_bytes(), readonly=[logits], **options
     )

@@ -26,7 +26,7 @@ def kernel_name(student, teacher, form):
 
 
 def launch(student, teacher, weight, form, arch="sm_90", threads=64, seed=0, need_gradient=True):
-    """As csrc/cuda/logprob_divergence.cu does. Returns losses, gradient and counters."""
+    """As csrc/cuda/logprob_divergence/logprob_divergence.cu does. Returns losses, gradient and counters."""
     _, beta, floor = form
     rows, vocab = student.shape
     loss = np.full(rows, 7, np.float32)

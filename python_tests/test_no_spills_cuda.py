@@ -20,7 +20,7 @@ KERNELS = {
     "sparse_divergence_kernel": (3, 65536 // 1024),
     "logprob_divergence_kernel": (16, 65536 // 1024),
     "topk_logits_kernel": (9, 65536 // 1024),
-    "sample_logits_kernel": (9, 65536 // 512),
+    "draw_logits_kernel": (9, 65536 // 512),
     "sample_tokens_kernel": (3, 65536 // 640 // 8 * 8),
 }
 SOURCES = ("all.cu", "sparse_divergence.cu", "logprob_divergence.cu", "all_topk_logits.cu", "sample_tokens.cu")

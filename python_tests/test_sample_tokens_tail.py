@@ -55,7 +55,7 @@ def test_far_tail_by_drawing(depth, log2_count):
 
 
 def philox_words(position: np.ndarray, seed: int) -> np.ndarray:
-    """64 random bits per position, as csrc/math/philox.h defines them, written again on arrays."""
+    """64 random bits per position, as csrc/math/sampling/philox.h defines them, written again on arrays."""
     mask = np.uint64(0xFFFFFFFF)
     c = [position & mask, position >> np.uint64(32), np.zeros_like(position), np.zeros_like(position)]
     key0, key1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF

@@ -34,6 +34,13 @@ template <class Real>
 struct RowParameters {
   Real alpha, beta;
   bool detach_mixture;
+
+  // Of a call's options, or of parameters of another type. alpha_rows: each row's own alpha, null where they have none.
+  template <class Options>
+  DISTILLM_HD static RowParameters of(const Options& options, const Real* alpha_rows = nullptr, int64_t row = 0) {
+    const Real alpha = alpha_rows ? alpha_rows[row] : static_cast<Real>(options.alpha);
+    return {alpha, static_cast<Real>(options.beta), options.detach_mixture};
+  }
 };
 
 // a * log(a / b) where a > 0 and 0 elsewhere, from base-2 logarithms: +inf where b is 0 and a is not.

@@ -1,9 +1,8 @@
-// Contract of the operators `divergence` and `divergence_`, shared by both backends: argument checks, output shapes,
-// raw views.
+// Contract of the operators `divergence` and `divergence_`, shared by both backends: signatures, argument checks,
+// output shapes, raw views.
 //
 //   student [R, Vs] or [B, S, Vs] with R = B S, teacher likewise with Vt: float32, bfloat16 or float16 (float64 too on
-//   the
-//     CPU), dtypes may differ unless one is float64; unit stride along the vocabulary, any stride along the others;
+//     the CPU), dtypes may differ unless one is float64; unit stride along the vocabulary, any stride along the others;
 //     labels [R] int64; weight, alpha, cap [R], float32 (float64 for float64 students);
 //     vocab_size: entries of both sides to use, 0 for all that each has.
 //   -> loss [R]: weight * (min(divergence, cap) + ce_weight * cross-entropy), float32 (float64 for float64 students);
@@ -12,29 +11,20 @@
 //      metrics [R, 3] in the dtype of loss: entropy in nats of the teacher and of the student at the temperature, and 1
 //      where both have their largest logit (of equal ones the first) at the same entry, else 0; [0] when not asked for.
 //      0 in rows that are left out (weight 0, ignored label), NaN in rows whose loss is NaN.
+//
+// A new hyper-parameter is a field of DivergenceOptions, its type in OptionTypes and its place in the schemas
+// (library.cpp); RowParameters of math/divergence.h and LossArguments of cuda/row/loss_inputs.cuh hand it to the
+// kernels.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <optional>
-#include <string>
-#include <tuple>
 
 #include "../math/metrics.h"
-#include "../math/row_layout.h"
+#include "logits.h"
 
 namespace distillm {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// The hyper-parameters as the schema lists them.
+// The hyper-parameters, in the order of the schemas.
 struct DivergenceOptions {
   std::string divergence;
   double alpha;
@@ -44,6 +34,25 @@ struct DivergenceOptions {
   int64_t ignore_index;
   bool detach_mixture;
   int64_t vocab_size;
+};
+
+template <class... T>
+struct Types {};
+
+// Of its fields after the name, as the signatures below list them.
+using OptionTypes = Types<double, double, double, double, int64_t, bool, int64_t>;
+
+// The side inputs of the rows, [R] each.
+struct RowSides {
+  OptionalTensor labels, weight, alpha, cap;
+
+  RowSides checked(const Tensor& student) const {
+    const int64_t rows = rows_of(student);
+    const ScalarType type = loss_type(student.scalar_type());
+    return {checked_rows(labels, "labels", rows, ScalarType::Long, student),
+            checked_rows(weight, "weight", rows, type, student), checked_rows(alpha, "alpha", rows, type, student),
+            checked_rows(cap, "cap", rows, type, student)};
+  }
 };
 
 // Everything a kernel reads and writes. Null pointers stand for absent optional tensors.
@@ -65,136 +74,116 @@ struct DivergenceCall {
   DivergenceOptions options;
 };
 
-// Keeps the tensors that a DivergenceCall points into alive.
-struct DivergenceTensors {
-  Tensor student, teacher;
-  std::optional<Tensor> labels, weight, alpha, cap;
-  Tensor loss, gradient, metrics;
-  DivergenceCall call;
+// Keeps what a call points into alive, but for the teacher.
+struct LossTensors {
+  Tensor student;
+  RowSides sides;
+  Tensor loss, gradient;
 };
 
-inline ScalarType loss_type(ScalarType student) {
-  return student == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline int64_t vocab_of(const Tensor& x) { return x.size(x.dim() - 1); }
-inline int64_t rows_of(const Tensor& x) { return x.dim() == 2 ? x.size(0) : x.size(0) * x.size(1); }
-inline bool has_unit_column_stride(const Tensor& x) { return vocab_of(x) <= 1 || x.stride(x.dim() - 1) == 1; }
-
-inline Tensor with_unit_column_stride(const Tensor& x) {
-  return has_unit_column_stride(x) ? x : torch::stable::contiguous(x);
-}
-
-inline RowLayout layout_of(const Tensor& x) {
-  return x.dim() == 2 ? RowLayout::uniform(x.stride(0))
-                      : RowLayout::of_blocks(x.size(0), x.size(1), x.stride(0), x.stride(1));
-}
-
-inline const void* data_or_null(const std::optional<Tensor>& x) { return x ? x->data_ptr() : nullptr; }
-
-// A [rows] side input of the given type, contiguous.
-inline std::optional<Tensor> checked_rows(const std::optional<Tensor>& x, const char* name, int64_t rows,
-                                          ScalarType type, const Tensor& student) {
-  if (!x) return std::nullopt;
-  STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == rows, name, " must have shape [", rows,
-                  "], one entry per row of student");
-  STD_TORCH_CHECK(x->scalar_type() == type, name, " must have dtype ", torch::headeronly::toString(type));
-  STD_TORCH_CHECK(x->device() == student.device(), name, " must be on the device of student");
-  return torch::stable::contiguous(*x);
-}
-
-inline void check_logits(const Tensor& x, const char* name) {
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, name,
-                  " must have shape [rows, vocabulary] or [blocks, rows, vocabulary], got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
-                      (type == ScalarType::Double && x.is_cpu()),
-                  name, " must be float32, bfloat16 or float16 (float64 on the CPU), got ",
-                  torch::headeronly::toString(type));
-}
-
-inline void check_pair(const Tensor& student, const Tensor& teacher) {
-  check_logits(student, "student");
-  check_logits(teacher, "teacher");
-  STD_TORCH_CHECK(rows_of(student) == rows_of(teacher), "teacher must have as many rows as student (", rows_of(student),
-                  "), got ", rows_of(teacher));
-  STD_TORCH_CHECK(student.device() == teacher.device(), "teacher must be on the device of student");
-  STD_TORCH_CHECK((student.scalar_type() == ScalarType::Double) == (teacher.scalar_type() == ScalarType::Double),
-                  "float64 logits need float64 on both sides, got student ",
-                  torch::headeronly::toString(student.scalar_type()), " and teacher ",
-                  torch::headeronly::toString(teacher.scalar_type()));
-}
+struct DivergenceTensors : LossTensors {
+  Tensor teacher, metrics;
+  DivergenceCall call;
+};
 
 // Whether the gradient is formed, and where.
 enum class GradientTo { kNowhere, kNewTensor, kStudent };
 
-inline DivergenceCall raw_view(const DivergenceTensors& t, DivergenceOptions options, GradientTo gradient_to) {
-  const int64_t limit = options.vocab_size == 0 ? INT64_MAX : options.vocab_size;
-  const Tensor& gradient = gradient_to == GradientTo::kStudent ? t.student : t.gradient;
-  return {t.student.data_ptr(),
-          t.teacher.data_ptr(),
-          t.student.scalar_type(),
-          t.teacher.scalar_type(),
-          rows_of(t.student),
-          std::min(limit, vocab_of(t.student)),
-          std::min(limit, vocab_of(t.teacher)),
-          layout_of(t.student),
-          layout_of(t.teacher),
-          static_cast<const int64_t*>(data_or_null(t.labels)),
-          data_or_null(t.weight),
-          data_or_null(t.alpha),
-          data_or_null(t.cap),
-          t.loss.data_ptr(),
-          gradient_to == GradientTo::kNowhere ? nullptr : gradient.data_ptr(),
-          gradient_to == GradientTo::kNowhere ? RowLayout::uniform(0) : layout_of(gradient),
-          vocab_of(t.student),
-          t.metrics.numel() > 0 ? t.metrics.data_ptr() : nullptr,
-          std::move(options)};
+inline GradientTo new_tensor_if(bool need_gradient) {
+  return need_gradient ? GradientTo::kNewTensor : GradientTo::kNowhere;
 }
 
-// How a backend allocates an uninitialised gradient for the logits `like`.
-using NewGradient = Tensor (*)(const Tensor& like);
-
-inline Tensor torch_empty_like(const Tensor& like) { return torch::stable::new_empty(like, like.sizes()); }
-
-inline Tensor new_gradient(const Tensor& student, GradientTo gradient_to, NewGradient allocate) {
-  return gradient_to == GradientTo::kNewTensor ? allocate(student) : torch::stable::new_empty(student, {0});
-}
-
-inline void check_options(const DivergenceOptions& options, const Tensor& student, const Tensor& teacher,
-                          bool has_labels) {
+// widest: most entries that vocab_size may ask for, `of`: whose.
+inline void check_options(const DivergenceOptions& options, int64_t widest, const char* of, const RowSides& sides) {
   STD_TORCH_CHECK(options.temperature > 0, "temperature must be positive, got ", options.temperature);
-  STD_TORCH_CHECK(options.ce_weight == 0 || has_labels, "ce_weight needs labels");
-  const int64_t narrower = std::min(vocab_of(student), vocab_of(teacher));
-  STD_TORCH_CHECK(options.vocab_size >= 0 && options.vocab_size <= narrower, "vocab_size must lie in 0..", narrower,
-                  ", the narrower vocabulary, got ", options.vocab_size);
+  STD_TORCH_CHECK(options.ce_weight == 0 || sides.labels, "ce_weight needs labels");
+  STD_TORCH_CHECK(options.vocab_size >= 0 && options.vocab_size <= widest, "vocab_size must lie in 0..", widest, ", ",
+                  of, ", got ", options.vocab_size);
 }
 
-// Checks every argument, brings layouts into the form above and allocates the outputs.
-inline DivergenceTensors prepare_divergence(const Tensor& student, const Tensor& teacher,
-                                            const std::optional<Tensor>& labels, const std::optional<Tensor>& weight,
-                                            const std::optional<Tensor>& alpha, const std::optional<Tensor>& cap,
-                                            DivergenceOptions options, GradientTo gradient_to, bool need_metrics,
-                                            NewGradient allocate = torch_empty_like) {
-  check_pair(student, teacher);
-  check_options(options, student, teacher, labels.has_value());
+// Checks the student and the side inputs, brings their layouts into the form above and allocates loss and gradient.
+inline void prepare_loss(LossTensors& t, const Tensor& student, const RowSides& sides, GradientTo gradient_to,
+                         NewGradient allocate) {
   STD_TORCH_CHECK(gradient_to != GradientTo::kStudent || has_unit_column_stride(student),
                   "student must have stride 1 along the vocabulary to be overwritten");
-  const int64_t rows = rows_of(student);
-  const ScalarType type = loss_type(student.scalar_type());
-  DivergenceTensors t;
   t.student = with_unit_column_stride(student);
+  t.sides = sides.checked(student);
+  t.loss = torch::stable::new_empty(student, {rows_of(student)}, loss_type(student.scalar_type()));
+  t.gradient = new_gradient(student, gradient_to == GradientTo::kNewTensor, allocate);
+}
+
+// The raw view, without teacher and metrics.
+inline DivergenceCall call_of(const LossTensors& t, DivergenceOptions options, GradientTo gradient_to) {
+  DivergenceCall call{};
+  call.student = t.student.data_ptr();
+  call.student_type = t.student.scalar_type();
+  call.rows = rows_of(t.student);
+  call.student_vocab = entries_to_use(t.student, options.vocab_size);
+  call.student_rows = layout_of(t.student);
+  call.teacher_rows = RowLayout::uniform(0);
+  call.labels = static_cast<const int64_t*>(data_or_null(t.sides.labels));
+  call.weight = data_or_null(t.sides.weight);
+  call.alpha = data_or_null(t.sides.alpha);
+  call.cap = data_or_null(t.sides.cap);
+  call.loss = t.loss.data_ptr();
+  const Tensor& gradient = gradient_to == GradientTo::kStudent ? t.student : t.gradient;
+  const bool forms_gradient = gradient_to != GradientTo::kNowhere;
+  call.gradient = forms_gradient ? gradient.data_ptr() : nullptr;
+  call.gradient_rows = forms_gradient ? layout_of(gradient) : RowLayout::uniform(0);
+  call.gradient_vocab = vocab_of(t.student);
+  call.options = std::move(options);
+  return call;
+}
+
+inline DivergenceTensors prepare_divergence(const Tensor& student, const Tensor& teacher, const RowSides& sides,
+                                            DivergenceOptions options, GradientTo gradient_to, bool need_metrics,
+                                            NewGradient allocate) {
+  check_pair(student, teacher);
+  check_options(options, std::min(vocab_of(student), vocab_of(teacher)), "the narrower vocabulary", sides);
+  DivergenceTensors t;
+  prepare_loss(t, student, sides, gradient_to, allocate);
   t.teacher = with_unit_column_stride(teacher);
-  t.labels = checked_rows(labels, "labels", rows, ScalarType::Long, student);
-  t.weight = checked_rows(weight, "weight", rows, type, student);
-  t.alpha = checked_rows(alpha, "alpha", rows, type, student);
-  t.cap = checked_rows(cap, "cap", rows, type, student);
-  t.loss = torch::stable::new_empty(student, {rows}, type);
-  t.gradient = new_gradient(student, gradient_to, allocate);
-  t.metrics = need_metrics ? torch::stable::new_empty(student, {rows, kMetrics}, type)
-                           : torch::stable::new_empty(student, {0}, type);
-  t.call = raw_view(t, std::move(options), gradient_to);
+  t.metrics = need_metrics ? torch::stable::new_empty(t.loss, {rows_of(student), kMetrics})
+                           : torch::stable::new_empty(t.loss, {0});
+  t.call = call_of(t, std::move(options), gradient_to);
+  t.call.teacher = t.teacher.data_ptr();
+  t.call.teacher_type = teacher.scalar_type();
+  t.call.teacher_vocab = entries_to_use(teacher, t.call.options.vocab_size);
+  t.call.teacher_rows = layout_of(t.teacher);
+  t.call.metrics = need_metrics ? t.metrics.data_ptr() : nullptr;
   return t;
 }
+
+// The operators on a backend, which supplies
+//   static Tensor new_gradient(const Tensor& like)         uninitialised
+//   static void run(const DivergenceTensors& tensors)      the kernel, on tensors.call
+template <class Backend, class Options = OptionTypes>
+struct DivergenceOps;
+
+template <class Backend, class... Option>
+struct DivergenceOps<Backend, Types<Option...>> {
+  static std::tuple<Tensor, Tensor, Tensor> divergence(const Tensor& student, const Tensor& teacher,
+                                                       const OptionalTensor& labels, const OptionalTensor& weight,
+                                                       const OptionalTensor& alpha_rows, const OptionalTensor& cap,
+                                                       std::string name, Option... options, bool need_gradient,
+                                                       bool need_metrics) {
+    const DivergenceTensors t =
+        prepare_divergence(student, teacher, {labels, weight, alpha_rows, cap}, {std::move(name), options...},
+                           new_tensor_if(need_gradient), need_metrics, Backend::new_gradient);
+    Backend::run(t);
+    return {t.loss, t.gradient, t.metrics};
+  }
+
+  static std::tuple<Tensor, Tensor> divergence_(Tensor student, const Tensor& teacher, const OptionalTensor& labels,
+                                                const OptionalTensor& weight, const OptionalTensor& alpha_rows,
+                                                const OptionalTensor& cap, std::string name, Option... options,
+                                                bool need_metrics) {
+    const DivergenceTensors t =
+        prepare_divergence(student, teacher, {labels, weight, alpha_rows, cap}, {std::move(name), options...},
+                           GradientTo::kStudent, need_metrics, Backend::new_gradient);
+    Backend::run(t);
+    return {t.loss, t.metrics};
+  }
+};
 
 }  // namespace distillm

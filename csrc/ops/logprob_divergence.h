@@ -1,4 +1,5 @@
-// Contract of the operator `logprob_divergence`, shared by both backends: argument checks, output shapes, raw views.
+// Contract of the operator `logprob_divergence`, shared by both backends: signature, argument checks, output shapes,
+// raw views.
 //
 //   student [R, V] log-probabilities; teacher [R, V] likewise, or probabilities where probability_floor is given:
 //   float32,
@@ -12,7 +13,7 @@
 //   Nothing is normalised. A row of weight 0 is not read: loss and gradient are 0.
 #pragma once
 
-#include "divergence.h"
+#include "logits.h"
 
 namespace distillm {
 
@@ -34,17 +35,16 @@ struct LogprobDivergenceCall {
 // Keeps the tensors that a LogprobDivergenceCall points into alive.
 struct LogprobDivergenceTensors {
   Tensor student, teacher;
-  std::optional<Tensor> weight;
+  OptionalTensor weight;
   Tensor loss, gradient;
   LogprobDivergenceCall call;
 };
 
 // Checks every argument, brings layouts into the form above and allocates the outputs.
 inline LogprobDivergenceTensors prepare_logprob_divergence(const Tensor& student, const Tensor& teacher,
-                                                           const std::optional<Tensor>& weight, std::string divergence,
+                                                           const OptionalTensor& weight, std::string divergence,
                                                            double beta, std::optional<double> probability_floor,
-                                                           bool need_gradient,
-                                                           NewGradient allocate = torch_empty_like) {
+                                                           bool need_gradient, NewGradient allocate) {
   check_pair(student, teacher);
   STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && vocab_of(student) == vocab_of(teacher),
                   "student and teacher must have the same shape [rows, vocabulary]");
@@ -57,7 +57,7 @@ inline LogprobDivergenceTensors prepare_logprob_divergence(const Tensor& student
   t.teacher = with_unit_column_stride(teacher);
   t.weight = checked_rows(weight, "weight", student.size(0), type, student);
   t.loss = torch::stable::new_empty(student, {student.size(0)}, type);
-  t.gradient = need_gradient ? allocate(student) : torch::stable::new_empty(student, {0});
+  t.gradient = new_gradient(student, need_gradient, allocate);
   t.call = {t.student.data_ptr(),
             t.teacher.data_ptr(),
             student.scalar_type(),
@@ -74,6 +74,19 @@ inline LogprobDivergenceTensors prepare_logprob_divergence(const Tensor& student
             probability_floor.has_value(),
             std::move(divergence)};
   return t;
+}
+
+// The operator on a backend, which supplies
+//   static Tensor new_gradient(const Tensor& like)               uninitialised
+//   static void run(const LogprobDivergenceTensors& tensors)     the kernel, on tensors.call
+template <class Backend>
+std::tuple<Tensor, Tensor> logprob_divergence(const Tensor& student, const Tensor& teacher,
+                                              const OptionalTensor& weight, std::string name, double beta,
+                                              std::optional<double> probability_floor, bool need_gradient) {
+  const LogprobDivergenceTensors t = prepare_logprob_divergence(
+      student, teacher, weight, std::move(name), beta, probability_floor, need_gradient, Backend::new_gradient);
+  Backend::run(t);
+  return {t.loss, t.gradient};
 }
 
 }  // namespace distillm

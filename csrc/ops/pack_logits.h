@@ -1,14 +1,14 @@
-// Contract of the operators `pack_logits` and `unpack_logits`, shared by both backends: compressed logits of R
-// positions to and from packed records (csrc/math/record.h).
+// Contract of the operators `pack_logits` and `unpack_logits`, shared by both backends: signatures and checks.
+// Compressed logits of R positions to and from packed records (csrc/math/records/record.h).
 //
 //   ids [R, k] int32; logprobs [R, k], log_norm [R, T], tail_logprob [R, T], label_logprob [R] float32; valid [R] bool;
 //   counts [R, k] int32; label_logprob and counts may be absent.
 //   packed [R, bytes] uint8, bytes as the other arguments decide. Unpacking gives empty tensors for what is absent.
 #pragma once
 
-#include "../math/record_checks.h"
-#include "../math/record_row.h"
-#include "divergence.h"
+#include "../math/records/record_checks.h"
+#include "../math/records/record_row.h"
+#include "logits.h"
 
 namespace distillm {
 
@@ -55,8 +55,8 @@ inline Tensor checked_field(const Tensor& x, const char* name, int64_t rows, int
 }
 
 inline RecordTensors prepare_pack(const Tensor& ids, const Tensor& logprobs, const Tensor& log_norm, const Tensor& tail,
-                                  const std::optional<Tensor>& label, const Tensor& valid,
-                                  const std::optional<Tensor>& counts, const RecordOptions& options) {
+                                  const OptionalTensor& label, const Tensor& valid, const OptionalTensor& counts,
+                                  const RecordOptions& options) {
   STD_TORCH_CHECK(ids.dim() == 2, "ids must have shape [rows, k], got ", ids.dim(), " dimensions");
   const int64_t rows = ids.size(0), k = ids.size(1), temperatures = static_cast<int64_t>(options.temperatures.size());
   RecordTensors t;
@@ -95,7 +95,25 @@ inline RecordTensors prepare_unpack(const Tensor& packed, int64_t k, bool labels
 
 using UnpackedLogits = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-inline UnpackedLogits unpacked(const RecordTensors& t) {
+// The operators on a backend, which supplies
+//   static void pack(const RecordTensors& tensors)       from the fields to `packed`
+//   static void unpack(const RecordTensors& tensors)     and back
+template <class Backend>
+Tensor pack_logits(const Tensor& ids, const Tensor& logprobs, const Tensor& log_norm, const Tensor& tail,
+                   const OptionalTensor& label, const Tensor& valid, const OptionalTensor& counts, int64_t vocab_size,
+                   std::vector<double> temperatures, std::string codec) {
+  const RecordTensors t = prepare_pack(ids, logprobs, log_norm, tail, label, valid, counts,
+                                       {std::move(codec), vocab_size, std::move(temperatures)});
+  Backend::pack(t);
+  return t.packed;
+}
+
+template <class Backend>
+UnpackedLogits unpack_logits(const Tensor& packed, std::string codec, int64_t k, int64_t vocab_size,
+                             std::vector<double> temperatures, bool has_labels, bool has_counts) {
+  const RecordTensors t =
+      prepare_unpack(packed, k, has_labels, has_counts, {std::move(codec), vocab_size, std::move(temperatures)});
+  Backend::unpack(t);
   return {t.ids, t.logprobs, t.log_norm, t.tail, t.label, t.valid, t.counts};
 }
 

@@ -5,7 +5,7 @@
 
 namespace distillm {
 
-// Sums of this many weights of math/token_mass.h fit 64 bits; one more would not.
+// Sums of this many weights of math/sampling/token_mass.h fit 64 bits; one more would not.
 constexpr int64_t kMaxSampledVocabulary = (int64_t{1} << 20) - 1;
 
 // A parameter of every row: one value, or one per row.

@@ -1,4 +1,5 @@
-// Contract of the operator `sample_tokens`, shared by both backends: argument checks, output shapes, raw views.
+// Contract of the operator `sample_tokens`, shared by both backends: signature, argument checks, output shapes, raw
+// views.
 //
 //   logits [R, V]: float32, bfloat16 or float16, V < 2^20; unit stride along the vocabulary, any along the rows.
 //   temperature, top_p, min_p, repetition_penalty: a number, or [R] float32; top_k, seed, position: an int, or [R]
@@ -24,12 +25,13 @@ namespace distillm {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // The arguments as the schema lists them.
 struct SampleInputs {
   Tensor logits;
-  std::optional<Tensor> temperature_rows, top_k_rows, top_p_rows, min_p_rows, penalty_rows, seed_rows, position_rows;
-  std::optional<Tensor> previous, banned, bits;
+  OptionalTensor temperature_rows, top_k_rows, top_p_rows, min_p_rows, penalty_rows, seed_rows, position_rows;
+  OptionalTensor previous, banned, bits;
 };
 
 // Keeps the tensors that a SampleCall points into alive.
@@ -38,8 +40,6 @@ struct SampleTensors {
   Tensor token, logprob, filtered_logprob, valid;
   SampleCall call;
   ScalarType type;
-
-  std::tuple<Tensor, Tensor, Tensor, Tensor> outputs() const { return {token, logprob, filtered_logprob, valid}; }
 };
 
 inline void check_sampled_logits(const Tensor& x) {
@@ -52,7 +52,7 @@ inline void check_sampled_logits(const Tensor& x) {
 }
 
 // A side input of the given type on the logits' device, made contiguous.
-inline void check_side(std::optional<Tensor>& x, const char* name, ScalarType type, const Tensor& logits) {
+inline void check_side(OptionalTensor& x, const char* name, ScalarType type, const Tensor& logits) {
   if (!x) return;
   STD_TORCH_CHECK(x->scalar_type() == type, name, " must have dtype ", torch::headeronly::toString(type), ", got ",
                   torch::headeronly::toString(x->scalar_type()));
@@ -61,8 +61,7 @@ inline void check_side(std::optional<Tensor>& x, const char* name, ScalarType ty
 }
 
 template <class T>
-PerRow<T> checked_parameter(std::optional<Tensor>& x, const char* name, ScalarType type, T value,
-                            const Tensor& logits) {
+PerRow<T> checked_parameter(OptionalTensor& x, const char* name, ScalarType type, T value, const Tensor& logits) {
   check_side(x, name, type, logits);
   if (!x) return {nullptr, value};
   STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == logits.size(0), name, " must have shape [", logits.size(0), "]");
@@ -121,6 +120,22 @@ inline SampleTensors prepare_sample(SampleInputs in, double temperature, int64_t
   t.call.filtered_logprob = static_cast<float*>(t.filtered_logprob.data_ptr());
   t.call.valid = static_cast<bool*>(t.valid.data_ptr());
   return t;
+}
+
+// The operator on a backend, which supplies
+//   static void run(const SampleTensors& tensors)     the kernel, on tensors.call
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample_tokens(
+    const Tensor& logits, const OptionalTensor& temperature_rows, const OptionalTensor& top_k_rows,
+    const OptionalTensor& top_p_rows, const OptionalTensor& min_p_rows, const OptionalTensor& penalty_rows,
+    const OptionalTensor& seed_rows, const OptionalTensor& position_rows, const OptionalTensor& previous,
+    const OptionalTensor& banned, const OptionalTensor& bits, double temperature, int64_t top_k, double top_p,
+    double min_p, double penalty, int64_t seed, int64_t position) {
+  const SampleTensors t = prepare_sample({logits, temperature_rows, top_k_rows, top_p_rows, min_p_rows, penalty_rows,
+                                          seed_rows, position_rows, previous, banned, bits},
+                                         temperature, top_k, top_p, min_p, penalty, seed, position);
+  Backend::run(t);
+  return {t.token, t.logprob, t.filtered_logprob, t.valid};
 }
 
 }  // namespace distillm

@@ -3,7 +3,7 @@
 // gradient costs no pass and no synchronisation.
 #pragma once
 
-#include "divergence.h"
+#include "logits.h"
 
 namespace distillm {
 

@@ -1,5 +1,5 @@
-// Contract of the operators `sparse_divergence` and `sparse_divergence_`, shared by both backends: argument checks,
-// output shapes, raw views.
+// Contract of the operators `sparse_divergence` and `sparse_divergence_`, shared by both backends: signatures,
+// argument checks, output shapes, raw views.
 //
 //   student [R, V] or [B, S, V] as in ops/divergence.h; ids [R, K] int32; logprobs [R, K] of the teacher at T = 1;
 //   log_norm [R] = log sum_v p_v^(1/T) and tail_logprob [R] = log of the teacher's mass off the kept entries, both at
@@ -33,15 +33,13 @@ struct CompressedTeacher {
   const Tensor& logprobs;
   const Tensor& log_norm;
   const Tensor& tail_logprob;
-  const std::optional<Tensor>& counts;
+  const OptionalTensor& counts;
   int64_t vocab;
 };
 
-// Keeps the tensors that a SparseDivergenceCall points into alive.
-struct SparseDivergenceTensors {
-  Tensor student, ids, logprobs, log_norm, tail_logprob;
-  std::optional<Tensor> counts, labels, weight, alpha, cap;
-  Tensor loss, gradient;
+struct SparseDivergenceTensors : LossTensors {
+  Tensor ids, logprobs, log_norm, tail_logprob;
+  OptionalTensor counts;
   SparseDivergenceCall call;
 };
 
@@ -63,81 +61,76 @@ inline Tensor checked_kept(const Tensor& x, const char* name, int64_t rows, int6
   return torch::stable::contiguous(x);
 }
 
-inline void check_sparse_arguments(const Tensor& student, const CompressedTeacher& teacher,
-                                   const DivergenceOptions& options, Tail tail, bool has_labels) {
+inline void check_sparse_arguments(const Tensor& student, const CompressedTeacher& teacher, const RowSides& sides,
+                                   const DivergenceOptions& options, Tail tail) {
   check_logits(student, "student");
   STD_TORCH_CHECK(teacher.ids.dim() == 2 && teacher.ids.size(0) == rows_of(student),
                   "ids must have shape [rows, kept entries] with as many rows as student (", rows_of(student), ")");
   STD_TORCH_CHECK(teacher.vocab > 0 && teacher.vocab <= INT32_MAX, "teacher_vocab must lie in 1..", INT32_MAX, ", got ",
                   teacher.vocab);
-  STD_TORCH_CHECK(options.temperature > 0, "temperature must be positive, got ", options.temperature);
-  STD_TORCH_CHECK(options.ce_weight == 0 || has_labels, "ce_weight needs labels");
-  STD_TORCH_CHECK(options.vocab_size >= 0 && options.vocab_size <= vocab_of(student), "vocab_size must lie in 0..",
-                  vocab_of(student), ", the student's vocabulary, got ", options.vocab_size);
+  check_options(options, vocab_of(student), "the student's vocabulary", sides);
   STD_TORCH_CHECK(tail != Tail::kSampled || teacher.counts, "tail 'sampled' needs counts");
   STD_TORCH_CHECK(tail != Tail::kSampled || options.temperature == 1, "tail 'sampled' needs temperature 1, got ",
                   options.temperature);
 }
 
-inline SparseDivergenceCall raw_view(const SparseDivergenceTensors& t, int64_t teacher_vocab, Tail tail,
-                                     DivergenceOptions options, GradientTo gradient_to) {
-  const Tensor& gradient = gradient_to == GradientTo::kStudent ? t.student : t.gradient;
-  DivergenceCall dense{};
-  dense.student = t.student.data_ptr();
-  dense.student_type = t.student.scalar_type();
-  dense.rows = rows_of(t.student);
-  dense.student_vocab = options.vocab_size == 0 ? vocab_of(t.student) : options.vocab_size;
-  dense.teacher_vocab = teacher_vocab;
-  dense.student_rows = layout_of(t.student);
-  dense.teacher_rows = RowLayout::uniform(0);
-  dense.labels = static_cast<const int64_t*>(data_or_null(t.labels));
-  dense.weight = data_or_null(t.weight);
-  dense.alpha = data_or_null(t.alpha);
-  dense.cap = data_or_null(t.cap);
-  dense.loss = t.loss.data_ptr();
-  dense.gradient = gradient_to == GradientTo::kNowhere ? nullptr : gradient.data_ptr();
-  dense.gradient_rows = gradient_to == GradientTo::kNowhere ? RowLayout::uniform(0) : layout_of(gradient);
-  dense.gradient_vocab = vocab_of(t.student);
-  dense.options = std::move(options);
-  return {std::move(dense),
-          static_cast<const int32_t*>(t.ids.data_ptr()),
-          t.logprobs.data_ptr(),
-          t.log_norm.data_ptr(),
-          t.tail_logprob.data_ptr(),
-          static_cast<const int32_t*>(data_or_null(t.counts)),
-          t.ids.size(1),
-          tail};
-}
-
-// Checks every argument, brings layouts into the form above and allocates the outputs.
 inline SparseDivergenceTensors prepare_sparse_divergence(const Tensor& student, const CompressedTeacher& teacher,
-                                                         const std::optional<Tensor>& labels,
-                                                         const std::optional<Tensor>& weight,
-                                                         const std::optional<Tensor>& alpha,
-                                                         const std::optional<Tensor>& cap, const std::string& tail_name,
-                                                         DivergenceOptions options, GradientTo gradient_to,
-                                                         NewGradient allocate = torch_empty_like) {
-  const Tail tail = tail_of(tail_name);
-  check_sparse_arguments(student, teacher, options, tail, labels.has_value());
-  STD_TORCH_CHECK(gradient_to != GradientTo::kStudent || has_unit_column_stride(student),
-                  "student must have stride 1 along the vocabulary to be overwritten");
+                                                         const RowSides& sides, Tail tail, DivergenceOptions options,
+                                                         GradientTo gradient_to, NewGradient allocate) {
+  check_sparse_arguments(student, teacher, sides, options, tail);
   const int64_t rows = rows_of(student), kept = teacher.ids.size(1);
   const ScalarType type = loss_type(student.scalar_type());
   SparseDivergenceTensors t;
-  t.student = with_unit_column_stride(student);
+  prepare_loss(t, student, sides, gradient_to, allocate);
   t.ids = checked_kept(teacher.ids, "ids", rows, kept, ScalarType::Int, student);
   t.logprobs = checked_kept(teacher.logprobs, "logprobs", rows, kept, type, student);
   if (tail == Tail::kSampled) t.counts = checked_kept(*teacher.counts, "counts", rows, kept, ScalarType::Int, student);
   t.log_norm = *checked_rows(teacher.log_norm, "log_norm", rows, type, student);
   t.tail_logprob = *checked_rows(teacher.tail_logprob, "tail_logprob", rows, type, student);
-  t.labels = checked_rows(labels, "labels", rows, ScalarType::Long, student);
-  t.weight = checked_rows(weight, "weight", rows, type, student);
-  t.alpha = checked_rows(alpha, "alpha", rows, type, student);
-  t.cap = checked_rows(cap, "cap", rows, type, student);
-  t.loss = torch::stable::new_empty(student, {rows}, type);
-  t.gradient = new_gradient(student, gradient_to, allocate);
-  t.call = raw_view(t, teacher.vocab, tail, std::move(options), gradient_to);
+  t.call = {call_of(t, std::move(options), gradient_to),
+            static_cast<const int32_t*>(t.ids.data_ptr()),
+            t.logprobs.data_ptr(),
+            t.log_norm.data_ptr(),
+            t.tail_logprob.data_ptr(),
+            static_cast<const int32_t*>(data_or_null(t.counts)),
+            kept,
+            tail};
+  t.call.dense.teacher_vocab = teacher.vocab;
   return t;
 }
+
+// The operators on a backend, which supplies
+//   static Tensor new_gradient(const Tensor& like)              uninitialised
+//   static void run(const SparseDivergenceTensors& tensors)     the kernel, on tensors.call
+template <class Backend, class Options = OptionTypes>
+struct SparseDivergenceOps;
+
+template <class Backend, class... Option>
+struct SparseDivergenceOps<Backend, Types<Option...>> {
+  static std::tuple<Tensor, Tensor> sparse_divergence(const Tensor& student, const Tensor& ids, const Tensor& logprobs,
+                                                      const Tensor& log_norm, const Tensor& tail_logprob,
+                                                      const OptionalTensor& counts, const OptionalTensor& labels,
+                                                      const OptionalTensor& weight, const OptionalTensor& alpha_rows,
+                                                      const OptionalTensor& cap, std::string name, std::string tail,
+                                                      Option... options, int64_t teacher_vocab, bool need_gradient) {
+    const SparseDivergenceTensors t = prepare_sparse_divergence(
+        student, {ids, logprobs, log_norm, tail_logprob, counts, teacher_vocab}, {labels, weight, alpha_rows, cap},
+        tail_of(tail), {std::move(name), options...}, new_tensor_if(need_gradient), Backend::new_gradient);
+    Backend::run(t);
+    return {t.loss, t.gradient};
+  }
+
+  static Tensor sparse_divergence_(Tensor student, const Tensor& ids, const Tensor& logprobs, const Tensor& log_norm,
+                                   const Tensor& tail_logprob, const OptionalTensor& counts,
+                                   const OptionalTensor& labels, const OptionalTensor& weight,
+                                   const OptionalTensor& alpha_rows, const OptionalTensor& cap, std::string name,
+                                   std::string tail, Option... options, int64_t teacher_vocab) {
+    const SparseDivergenceTensors t = prepare_sparse_divergence(
+        student, {ids, logprobs, log_norm, tail_logprob, counts, teacher_vocab}, {labels, weight, alpha_rows, cap},
+        tail_of(tail), {std::move(name), options...}, GradientTo::kStudent, Backend::new_gradient);
+    Backend::run(t);
+    return t.loss;
+  }
+};
 
 }  // namespace distillm

@@ -1,4 +1,4 @@
-// Contract of the operator `topk_logits`, shared by both backends.
+// Contract of the operator `topk_logits`, shared by both backends: signature, argument checks, output shapes, raw view.
 //
 //   logits [R, V] float32, bfloat16, float16 (float64 on the CPU), any row stride; labels [R] int64 or none;
 //   position [R] int64 or none; temperatures: 1..16 positive numbers
@@ -7,13 +7,11 @@
 //
 // Without position the k most probable entries are kept. With it, k entries are drawn by systematic sampling from
 // (seed, position of the row), and counts says how often each was. label_logprob without labels and counts without
-// position are empty. What the fields mean, padding and bad rows: distillm_ext/containers_compressed.py.
+// position are empty. What the fields mean, padding and bad rows: distillm_ext/compressed_logits.py.
 #pragma once
 
-#include <vector>
-
 #include "../math/limits.h"
-#include "divergence.h"
+#include "logits.h"
 
 namespace distillm {
 
@@ -41,7 +39,7 @@ struct TopkLogitsCall {
 // Keeps what a TopkLogitsCall points into alive.
 struct TopkLogitsTensors {
   Tensor logits;
-  std::optional<Tensor> labels, position;
+  OptionalTensor labels, position;
   std::vector<double> temperatures;
   Tensor ids, logprobs, log_norm, tail_logprob, label_logprob, valid, counts;
 
@@ -65,9 +63,6 @@ struct TopkLogitsTensors {
             static_cast<bool*>(valid.data_ptr()),
             position ? static_cast<int32_t*>(counts.data_ptr()) : nullptr};
   }
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> outputs() const {
-    return {ids, logprobs, log_norm, tail_logprob, label_logprob, valid, counts};
-  }
 };
 
 inline void check_topk_options(const Tensor& logits, int64_t k, const std::vector<double>& temperatures) {
@@ -83,8 +78,8 @@ inline void check_topk_options(const Tensor& logits, int64_t k, const std::vecto
 }
 
 // Checks every argument, brings layouts into the form above and allocates the outputs.
-inline TopkLogitsTensors prepare_topk_logits(const Tensor& logits, const std::optional<Tensor>& labels,
-                                             const std::optional<Tensor>& position, int64_t k,
+inline TopkLogitsTensors prepare_topk_logits(const Tensor& logits, const OptionalTensor& labels,
+                                             const OptionalTensor& position, int64_t k,
                                              std::vector<double> temperatures) {
   check_topk_options(logits, k, temperatures);
   const int64_t rows = logits.size(0), count = static_cast<int64_t>(temperatures.size());
@@ -102,6 +97,17 @@ inline TopkLogitsTensors prepare_topk_logits(const Tensor& logits, const std::op
   t.counts = torch::stable::new_empty(logits, {position ? rows : 0, k}, ScalarType::Int);
   t.temperatures = std::move(temperatures);
   return t;
+}
+
+// The operator on a backend, which supplies
+//   static void run(const TopkLogitsTensors& tensors, const TopkLogitsCall& call)     the kernel
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_logits(
+    const Tensor& logits, const OptionalTensor& labels, const OptionalTensor& position, int64_t k,
+    std::vector<double> temperatures, int64_t seed) {
+  const TopkLogitsTensors t = prepare_topk_logits(logits, labels, position, k, std::move(temperatures));
+  Backend::run(t, t.call(k, seed));
+  return {t.ids, t.logprobs, t.log_norm, t.tail_logprob, t.label_logprob, t.valid, t.counts};
 }
 
 }  // namespace distillm

@@ -3,8 +3,8 @@
     instruction_sets.py NM OBJECT...
 
 An inline function outside of it that was compiled under the target pragma would reach processors that lack the
-instructions (csrc/cpu/row_kernel_list.h). For optimised objects: without optimisation small functions of the standard
-library, which are those of the default target, stand in every object.
+instructions (csrc/cpu/instruction_sets/row_kernel_list.h). For optimised objects: without optimisation small
+functions of the standard library, which are those of the default target, stand in every object.
 """
 
 import re

@@ -1,5 +1,5 @@
 // Philox4x32-10 against the known-answer vectors of its authors (Random123, kat_vectors); the uniform at both ends.
-#include "../math/philox.h"
+#include "../math/sampling/philox.h"
 #include "check.h"
 
 using namespace distillm;

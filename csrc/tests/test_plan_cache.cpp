@@ -2,7 +2,7 @@
 #include <cstdint>
 #include <stdexcept>
 
-#include "../cuda/plan_cache.h"
+#include "../cuda/row/plan_cache.h"
 #include "check.h"
 
 using namespace distillm;

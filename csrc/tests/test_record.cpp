@@ -4,7 +4,7 @@
 #include <random>
 #include <set>
 
-#include "../math/record_trim.h"
+#include "../math/records/record_trim.h"
 #include "check.h"
 
 using namespace distillm;

@@ -4,8 +4,8 @@
 #include <random>
 #include <vector>
 
-#include "../cpu/entry_weights.h"
-#include "../cpu/row_selection.h"
+#include "../cpu/row/entry_weights.h"
+#include "../cpu/row/row_selection.h"
 #include "check.h"
 
 using namespace distillm;

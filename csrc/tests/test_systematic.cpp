@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../math/ordered_key.h"
-#include "../math/systematic.h"
+#include "../math/sampling/systematic.h"
 #include "check.h"
 
 using namespace distillm;

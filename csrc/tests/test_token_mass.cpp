@@ -1,6 +1,6 @@
 // Weights and masses that tokens are drawn by, against double precision; thresholds and draws at both ends.
-#include "../math/sampling_rule.h"
-#include "../math/token_mass.h"
+#include "../math/sampling/sampling_rule.h"
+#include "../math/sampling/token_mass.h"
 #include "check.h"
 
 using namespace distillm;

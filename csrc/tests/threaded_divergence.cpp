@@ -5,8 +5,8 @@
 #include <thread>
 #include <vector>
 
-#include "../cpu/instruction_set.h"
-#include "../cpu/row_kernels.h"
+#include "../cpu/instruction_sets/instruction_set.h"
+#include "../cpu/instruction_sets/row_kernels.h"
 #include "check.h"
 
 using namespace distillm;
@@ -51,7 +51,12 @@ struct Problem {
     call.loss = loss.data();
     call.gradient = in_place ? student.data() : gradient.data();
     call.metrics = metrics.data();
-    call.options = {name, 0.4, 0.5, 1.5, 0.3, -100, false, 0};
+    call.options.divergence = name;
+    call.options.alpha = 0.4;
+    call.options.beta = 0.5;
+    call.options.temperature = 1.5;
+    call.options.ce_weight = 0.3;
+    call.options.ignore_index = -100;
     return call;
   }
 };

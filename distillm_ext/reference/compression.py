@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..compressed_logits import PADDING_ID, CompressedLogits
 
-_SAMPLE_TEACHER = 1  # purpose of the draw: csrc/math/philox.h
+_SAMPLE_TEACHER = 1  # purpose of the draw: csrc/math/sampling/philox.h
 _WORD = 0xFFFFFFFF
 
 

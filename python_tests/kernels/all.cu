@@ -1,8 +1,8 @@
 // Every kernel of the divergences, of scaling and of the codec, without torch: for ptxas to report registers and spills of.
-#include "cuda/divergence.cuh"
-#include "cuda/pack_logits.cuh"
-#include "cuda/scale_rows.cuh"
-#include "cuda/unpack_logits.cuh"
+#include "cuda/divergence/divergence.cuh"
+#include "cuda/pack_logits/pack_logits.cuh"
+#include "cuda/scale_rows/scale_rows.cuh"
+#include "cuda/pack_logits/unpack_logits.cuh"
 
 using namespace distillm;
 

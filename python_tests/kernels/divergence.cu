@@ -1,5 +1,5 @@
 // One instantiation of the divergence kernel for ptxsim, chosen by -DFUNCTOR= -DTYPE=.
-#include "cuda/divergence.cuh"
+#include "cuda/divergence/divergence.cuh"
 
 using namespace distillm;
 

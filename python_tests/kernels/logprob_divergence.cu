@@ -1,5 +1,5 @@
 // The instantiations of the logprob_divergence kernel, for ptxsim and for ptxas.
-#include "cuda/logprob_divergence.cuh"
+#include "cuda/logprob_divergence/logprob_divergence.cuh"
 
 using namespace distillm;
 

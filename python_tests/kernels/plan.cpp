@@ -1,6 +1,6 @@
 // The launch plans for Python: the tests launch the kernels as the extension does.
-#include "cuda/divergence_plan.h"
-#include "cuda/sample_plan.h"
+#include "cuda/divergence/divergence_plan.h"
+#include "cuda/sample_tokens/sample_plan.h"
 
 using namespace distillm;
 

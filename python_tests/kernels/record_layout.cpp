@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "../../csrc/math/record_checks.h"
+#include "../../csrc/math/records/record_checks.h"
 
 using namespace distillm;
 

@@ -1,6 +1,6 @@
 // The instantiations of the sample_tokens kernel for ptxsim: for LOGITS where that is given, which builds sooner, else
 // for all types.
-#include "cuda/sample_tokens.cuh"
+#include "cuda/sample_tokens/sample_tokens.cuh"
 
 using namespace distillm;
 

@@ -1,5 +1,5 @@
 // The instantiations of the scale_rows kernel for ptxsim.
-#include "cuda/scale_rows.cuh"
+#include "cuda/scale_rows/scale_rows.cuh"
 
 using namespace distillm;
 

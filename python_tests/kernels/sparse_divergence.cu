@@ -1,5 +1,5 @@
 // The sparse divergence kernel: for ptxsim the instantiation chosen by -DSTUDENT=, for ptxas all of them.
-#include "cuda/sparse_divergence.cuh"
+#include "cuda/sparse_divergence/sparse_divergence.cuh"
 
 using namespace distillm;
 
