@@ -19,6 +19,7 @@ import baselines
 import harness
 import peers
 import roofline
+import speed_chart
 import torch
 
 from distillm_ext import DIVERGENCES, distillation_loss
@@ -97,6 +98,7 @@ def main(arguments: list[str]) -> None:
 
         ptx_divergence.publish_all()
     roofline.publish(options.device)
+    speed_chart.publish(options.device)
 
 
 if __name__ == "__main__":
