@@ -12,7 +12,7 @@ WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo demo-tiny test test-all lint types native ptx pytest pytest-all benchmark gpu-check clean
+.PHONY: demo demo-tiny test test-all lint types docs native ptx pytest pytest-all benchmark gpu-check clean
 
 demo: $(VENV)/.built
 	$(BIN)/distillm demo
@@ -20,9 +20,9 @@ demo: $(VENV)/.built
 demo-tiny: $(VENV)/.built
 	$(BIN)/distillm demo --tiny
 
-test: lint types native pytest
+test: lint types docs native pytest
 
-test-all: lint types native pytest-all
+test-all: lint types docs native pytest-all
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -32,6 +32,10 @@ lint: $(VENV)/.built
 
 types: $(VENV)/.built
 	$(BIN)/mypy
+
+# The site of the guides and of the API, in build/site. The variable silences an advertisement of the theme's.
+docs: $(VENV)/.built
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 native: $(VENV)/.built
 	$(BIN)/cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN))/python

@@ -87,8 +87,9 @@ class LinearDistillationLoss(DistillationLoss):
     """Callable `linear_distillation_loss` with fixed hyper-parameters.
 
     Args:
-        divergence, alpha, ...: as in `DistillationLoss`.
+        divergence: as in `DistillationLoss`.
         logit_softcap, logit_scale, chunk_rows: as in `distillm_ext.linear_distillation_loss`.
+        options: the other hyper-parameters of `DistillationLoss`, but for ``inplace``.
 
     Shape:
         student_hidden [..., H], student_weight [V, H], student_bias [V]; teacher a `TeacherHead` or logits [..., Vt];

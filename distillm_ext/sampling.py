@@ -47,6 +47,8 @@ def sample_tokens(
     A row whose logits hold a NaN or +inf, are all -inf or all banned, or whose parameters (in a tensor) are out of
     range gets token 0, log-probabilities NaN and ``valid`` False; other rows are not touched.
 
+    Each of temperature, top_k, top_p, min_p, seed, position and repetition_penalty is a number or a tensor [rows].
+
     Args:
         logits: [rows, V], float32, bfloat16 or float16, V < 2²⁰; rows may be strided.
         temperature: T >= 0; 0 is greedy: the largest logit, lowest id among equals, without filters or draw.
@@ -59,8 +61,6 @@ def sample_tokens(
             where negative (CTRL, Keskar et al., 2019).
         previous_tokens: [rows, n] int64, each id counted once; ids outside [0, V), such as -1, are padding.
         banned: [V] or [rows, V] bool, True where a token must not come up.
-
-        Each of temperature, top_k, top_p, min_p, seed, position and repetition_penalty is a number or a tensor [rows].
 
     Returns:
         SampledTokens: ``tokens`` [rows] int64; ``logprobs`` [rows] float32, the log-probability of the token under
