@@ -32,7 +32,6 @@ def demo(
 
     from distillm_ext.cli.errors import friendly_errors
     from distillm_ext.cli.tables import print_results, report_progress
-    from distillm_ext.demo.assets import AssetError
     from distillm_ext.demo.run import Demo
     from distillm_ext.demo.settings import load_plan
     from distillm_ext.demo.worlds import real_world, tiny_world
@@ -41,16 +40,13 @@ def demo(
     folder = output or Path("runs") / ("demo-tiny" if tiny else "demo")
     with friendly_errors():
         plan = load_plan("tiny.yaml" if tiny else "demo.yaml", settings or ())
-        try:
-            if tiny:
-                with report_progress(console) as progress:
-                    world = tiny_world(folder / "world", plan.options, progress)
-            else:
-                world = real_world(
-                    folder / "world", plan.options, lambda text: console.print(text, highlight=False, soft_wrap=True)
-                )
-        except AssetError as error:
-            raise ValueError(str(error)) from error
+        if tiny:
+            with report_progress(console) as progress:
+                world = tiny_world(folder / "world", plan.options, progress)
+        else:
+            world = real_world(
+                folder / "world", plan.options, lambda text: console.print(text, highlight=False, soft_wrap=True)
+            )
         job = Demo(plan, world, folder, console, lambda text: report_progress(console, text))
     outcome = job.run()
     print_results(console, outcome.results)

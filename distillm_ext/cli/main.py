@@ -9,12 +9,17 @@ import typer
 from distillm_ext import __version__
 from distillm_ext.cli.capture import capture
 from distillm_ext.cli.demo import demo
+from distillm_ext.cli.errors import TRACEBACK
 from distillm_ext.cli.evaluate import evaluate
 from distillm_ext.cli.info import info
 from distillm_ext.cli.train import train
 
 app = typer.Typer(
-    name="distillm", no_args_is_help=True, pretty_exceptions_enable=False, help="Distil a large language model."
+    name="distillm",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Distil a large language model.",
+    epilog=f"With {TRACEBACK}=1 in the environment an error shows its whole traceback.",
 )
 app.command()(train)
 app.command()(capture)
