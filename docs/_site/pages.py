@@ -49,13 +49,14 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     folder = posixpath.dirname(_IN_REPOSITORY.get(own, f"docs/{own}"))
 
     def on_site(link: re.Match[str]) -> str:
-        target = posixpath.normpath(posixpath.join(folder, link[1]))
+        path, *anchor = link[1].split("#")
+        target = posixpath.normpath(posixpath.join(folder, path))
         if not (ROOT / target).exists():
             return link[0]  # a generated page or a picture of one; mkdocs looks for it
         place = _ON_SITE.get(target) or (target.removeprefix("docs/") if target.startswith("docs/") else None)
         if place is None:
             raise PluginError(f"{own}: the link to {link[1]} is to nothing that the site has; add it to COPIES")
-        return posixpath.relpath(place, posixpath.dirname(own) or ".")
+        return "#".join([posixpath.relpath(place, posixpath.dirname(own) or "."), *anchor])
 
     return _LINK.sub(on_site, markdown)
 
