@@ -86,7 +86,7 @@ def unflatten(arguments: Sequence[Any]) -> LinearDivergenceCall:
     values = iter(arguments)
 
     def take(group: Any) -> Any:
-        return group(*islice(values, len(group._fields)))
+        return group._make(islice(values, len(group._fields)))
 
     student, logits, head, compressed = take(HeadRows), next(values), take(HeadRows), take(CompressedRows)
     teacher = head if head.hidden is not None else compressed if compressed.ids is not None else logits

@@ -63,8 +63,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     call = unflatten(inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.scalars = tuple(None if isinstance(x, Tensor) else x for x in inputs)
-    ctx.per_row = call.per_row
+    ctx.per_row, ctx.count = call.per_row, len(inputs)
+    if call.per_row:
+        ctx.scalars = tuple(None if isinstance(x, Tensor) else x for x in inputs)
     ctx.needed = (call.need_hidden, call.need_weight, call.need_bias)
     ctx.dtypes = tuple(None if x is None else x.dtype for x in call.student[:3])
     saved = (x if isinstance(x, Tensor) else None for x in inputs) if call.per_row else output[3:]
@@ -72,7 +73,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * len(ctx.scalars)
+    nothing = (None,) * ctx.count
     if grad_loss is None:
         return nothing
     refuse_second_derivative()
