@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/instruction_sets/instruction_set.h"
+#include "ops/divergence.h"
 
 #ifndef DISTILLM_TORCH_VERSION
 #define DISTILLM_TORCH_VERSION "unknown"
@@ -14,24 +15,21 @@
 STABLE_TORCH_LIBRARY(distillm_ext, m) {
   m.def(
       "divergence(Tensor student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, "
-      "str divergence, float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool "
-      "detach_mixture, int vocab_size, bool need_gradient, bool need_metrics) -> "
+      "str divergence, " DISTILLM_OPTIONS
+      ", bool need_gradient, bool need_metrics) -> "
       "(Tensor loss, Tensor gradient, Tensor metrics)");
   m.def(
       "divergence_(Tensor(a!) student, Tensor teacher, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? "
       "cap, "
-      "str divergence, float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool "
-      "detach_mixture, int vocab_size, bool need_metrics) -> (Tensor loss, Tensor metrics)");
+      "str divergence, " DISTILLM_OPTIONS ", bool need_metrics) -> (Tensor loss, Tensor metrics)");
   m.def(
       "sparse_divergence(Tensor student, Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, Tensor? "
-      "counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str tail, float alpha, "
-      "float beta, float temperature, float ce_weight, int ignore_index, bool detach_mixture, int vocab_size, "
-      "int teacher_vocab, bool need_gradient) -> (Tensor loss, Tensor gradient)");
+      "counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str "
+      "tail, " DISTILLM_OPTIONS ", int teacher_vocab, bool need_gradient) -> (Tensor loss, Tensor gradient)");
   m.def(
       "sparse_divergence_(Tensor(a!) student, Tensor ids, Tensor logprobs, Tensor log_norm, Tensor tail_logprob, "
-      "Tensor? counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str tail, "
-      "float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool detach_mixture, "
-      "int vocab_size, int teacher_vocab) -> Tensor loss");
+      "Tensor? counts, Tensor? labels, Tensor? weight, Tensor? alpha_rows, Tensor? cap, str divergence, str "
+      "tail, " DISTILLM_OPTIONS ", int teacher_vocab) -> Tensor loss");
   m.def(
       "logprob_divergence(Tensor student, Tensor teacher, Tensor? weight, str divergence, float beta, float? "
       "probability_floor, bool need_gradient) -> (Tensor loss, Tensor gradient)");

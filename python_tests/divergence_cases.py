@@ -14,6 +14,8 @@ INFINITE_WITHOUT = {
     "token_adaptive": ("student", "teacher"),
     "adaptive_kl": ("student", "teacher"),
 }
+# What these hold constant, finite differences do not see; test_divergence_row.py holds it for them.
+HELD = ("token_adaptive", "adaptive_kl", "interpolated")
 INFINITE_CASES = [(name, side) for name, sides in INFINITE_WITHOUT.items() for side in sides]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Largest relative error of a gradient: rounding of the storage format, or of float arithmetic.

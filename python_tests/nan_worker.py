@@ -14,7 +14,7 @@ from test_nan_policy import make
 from test_router_loss import moe
 from trainer_world import GradientRecorder, tiny_config, tiny_model, tiny_trainer, token_rows, weights
 
-from distillm_ext.training.nan_policy import NanGuard, nonfinite_gradients
+from distillm_ext.training.faults.nan_policy import NanGuard, nonfinite_gradients
 
 ON_DEVICE = NanGuard._on_device
 # Two rows per rank and step, in order: rank 1 has rows 6 and 7 in step 2.

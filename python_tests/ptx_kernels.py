@@ -146,8 +146,9 @@ def loss_arguments(
 ) -> list[Any]:
     """The fields of LossArguments for a case with labels, weight, alpha_rows, cap, temperature and so on."""
     return [
-        case.labels, case.weight, case.alpha_rows, case.cap, loss, np.int64(ignore_index), np.float32(alpha),
-        np.float32(beta), np.float32(1 / case.temperature), np.float32(case.ce_weight), np.bool_(case.detach_mixture),
+        np.float32(alpha), np.float32(beta), np.float32(1 / case.temperature), np.float32(case.ce_weight),
+        np.bool_(case.detach_mixture), case.labels, case.weight, case.alpha_rows, case.cap,
+        loss, np.int64(ignore_index),
     ]  # fmt: skip
 
 

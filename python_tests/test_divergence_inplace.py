@@ -8,6 +8,7 @@ from divergence_cases import required
 
 from distillm_ext import distillation_loss
 from distillm_ext.functional import DIVERGENCES
+from distillm_ext.ops.divergence import DivergenceOptions
 
 ROWS, VOCAB, HIDDEN = 6, 50, 8
 
@@ -189,5 +190,5 @@ def test_opcheck(dtype, metrics):
     student, side = torch.randn(ROWS, VOCAB).to(dtype), torch.rand(ROWS)
     labels = torch.tensor([1, 2, -100, 4, 5, 6])
     for sides in ((None, None, None, None), (labels, side, side, side)):
-        arguments = (student, teacher, *sides, "skew_kl", 0.1, 0.0, 2.0, 0.0, -100, False, 40, metrics)
+        arguments = (student, teacher, *sides, *DivergenceOptions("skew_kl", 0.1, temperature=2.0), 40, metrics)
         torch.library.opcheck(torch.ops.distillm_ext.divergence_.default, arguments)

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 import torch._dynamo.testing
-from divergence_cases import required
+from divergence_cases import HELD, required
 from tiers import full
 
 from distillm_ext import TeacherHead, distillation_loss, linear_distillation_loss
@@ -27,10 +27,9 @@ def test_opcheck(dtype, need_gradient):
     side = torch.float64 if dtype == torch.float64 else torch.float32
     labels, rows = torch.tensor([1, 2, -100, 3]), torch.rand(4, dtype=side)
     for options in ((None, None, None, None), (labels, rows, rows, rows)):
-        arguments = (
-            student if need_gradient else student.detach(), teacher, *options, "skew_kl", 0.1, 0.0, 2.0,
-            0.5 if options[0] is not None else 0.0, -100, False, 0, need_gradient, True,
-        )  # fmt: skip
+        loss = DivergenceOptions("skew_kl", 0.1, temperature=2.0, ce_weight=0.5 if options[0] is not None else 0.0)
+        logits = student if need_gradient else student.detach()
+        arguments = (logits, teacher, *options, *loss, 0, need_gradient, True)
         torch.library.opcheck(torch.ops.distillm_ext.divergence.default, arguments)
 
 
@@ -38,10 +37,6 @@ def test_opcheck_scale_rows():
     for dtype in (torch.float32, torch.bfloat16):
         gradient, scale = torch.randn(3, 5).to(dtype), torch.tensor([1.0, 2.0, 0.0])
         torch.library.opcheck(torch.ops.distillm_ext.scale_rows_.default, (gradient, scale))
-
-
-# What these hold constant, finite differences do not see; test_divergence_row.py holds it for them.
-HELD = ("token_adaptive", "adaptive_kl", "interpolated")
 
 
 @pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name not in HELD])

@@ -24,7 +24,7 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from distillm_ext.data.rows import origin as row_origin
 from distillm_ext.training import load_rows
-from distillm_ext.training.nan_policy import NanGuard, StepRecord
+from distillm_ext.training.faults.nan_policy import NanGuard, StepRecord
 
 RARE = 63
 NAN = float("nan")

@@ -30,9 +30,10 @@ def test_opcheck(dtype, tail, need_gradient):
     ids, logprobs, log_norm, tail_logprob, counts, _, vocab = rows_of(teacher, tail)
     labels, per_row = torch.tensor([1, 2, -100, 3]), torch.rand(4, dtype=side)
     for sides, ce_weight in (((None,) * 4, 0.0), ((labels, per_row, per_row, per_row), 0.5)):
+        name, *options = DivergenceOptions("skew_kl", 0.1, ce_weight=ce_weight)
         arguments = (
             student if need_gradient else student.detach(), ids, logprobs, log_norm, tail_logprob, counts, *sides,
-            "skew_kl", tail, 0.1, 0.0, 1.0, ce_weight, -100, False, 30, vocab,
+            name, tail, *options, 30, vocab,
         )  # fmt: skip
         operators = torch.ops.distillm_ext
         torch.library.opcheck(operators.sparse_divergence.default, (*arguments, need_gradient))

@@ -12,9 +12,8 @@
 //      where both have their largest logit (of equal ones the first) at the same entry, else 0; [0] when not asked for.
 //      0 in rows that are left out (weight 0, ignored label), NaN in rows whose loss is NaN.
 //
-// A new hyper-parameter is a field of DivergenceOptions, its type in OptionTypes and its place in the schemas
-// (library.cpp); RowParameters of math/divergence.h and LossArguments of cuda/row/loss_inputs.cuh hand it to the
-// kernels.
+// A new hyper-parameter is a field of DivergenceOptions, with its type in OptionTypes and its place in
+// DISTILLM_OPTIONS; LossScalars of math/row_loss.h hands it to the kernels of both backends.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +38,10 @@ struct DivergenceOptions {
 template <class... T>
 struct Types {};
 
-// Of its fields after the name, as the signatures below list them.
+// Of its fields after the name, as the schemas and the signatures below list them.
+#define DISTILLM_OPTIONS                                                                                     \
+  "float alpha, float beta, float temperature, float ce_weight, int ignore_index, bool detach_mixture, int " \
+  "vocab_size"
 using OptionTypes = Types<double, double, double, double, int64_t, bool, int64_t>;
 
 // The side inputs of the rows, [R] each.

@@ -87,7 +87,7 @@ class TokenBatch:
 # What a loss reads of a model at R positions: logits [R, V], or what they are made of.
 StudentOutput = Tensor | LinearHead
 # What it reads of a teacher: that, or what was kept of its logits.
-Targets = StudentOutput | CompressedLogits
+TeacherOutput = StudentOutput | CompressedLogits
 _HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -19,7 +19,7 @@ from distillm_ext.generation.params import SamplingParams
 from distillm_ext.models.frozen_teacher import TEACHER_DTYPES
 from distillm_ext.packing import CODECS
 from distillm_ext.paths import expand_path
-from distillm_ext.training.nan_policy import NAN_POLICIES
+from distillm_ext.training.faults.nan_policy import NAN_POLICIES
 from distillm_ext.training.rollouts.policies import POLICIES, reads_responses
 from distillm_ext.training.rollouts.schedule import REPLAY_RATIOS, SCHEDULES
 from distillm_ext.training.teaching.rules import REUSE_METHODS, check_compressed_loss

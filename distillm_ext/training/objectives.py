@@ -14,7 +14,7 @@ from distillm_ext.compressed_logits import CompressedLogits
 from distillm_ext.containers import DivergenceMetrics, LinearHead
 from distillm_ext.functional import logits_loss
 from distillm_ext.linear import linear_cross_entropy_loss, linear_loss
-from distillm_ext.models.logit_reader import StudentOutput, Targets, head_logits
+from distillm_ext.models.logit_reader import StudentOutput, TeacherOutput, head_logits
 from distillm_ext.models.router_loss import ModelLoss
 from distillm_ext.ops.divergence import DivergenceOptions
 from distillm_ext.training.meters import METRICS
@@ -60,7 +60,7 @@ class CrossEntropyObjective:
     def __call__(
         self,
         student: StudentOutput,
-        teacher: Targets | None,
+        teacher: TeacherOutput | None,
         targets: Tensor,
         *,
         num_items: int | Tensor,
@@ -88,7 +88,7 @@ class DivergenceObjective:
     def __call__(
         self,
         student: StudentOutput,
-        teacher: Targets | None,
+        teacher: TeacherOutput | None,
         targets: Tensor,
         *,
         num_items: int | Tensor,
@@ -122,7 +122,7 @@ class DivergenceObjective:
     def _fused(
         self,
         student: LinearHead,
-        teacher: Targets,
+        teacher: TeacherOutput,
         targets: Tensor,
         num_items: int | Tensor,
         options: DivergenceOptions,
@@ -134,7 +134,7 @@ class DivergenceObjective:
         total, ce, metrics = linear_loss(student, teacher, options, request, need_ce=with_ce)
         return _divergence_parts(total, metrics, num_items, ce if with_ce else None, options.ce_weight)
 
-    def _request(self, teacher: Targets, targets: Tensor, num_items: int | Tensor) -> LossRequest:
+    def _request(self, teacher: TeacherOutput, targets: Tensor, num_items: int | Tensor) -> LossRequest:
         return LossRequest(
             targets, num_items=num_items, vocab_size=self.vocab_size, tail=self.tail,
             return_metrics=not isinstance(teacher, CompressedLogits),

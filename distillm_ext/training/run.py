@@ -22,8 +22,8 @@ from distillm_ext.models.student_forward import StudentForward
 from distillm_ext.models.vocabulary import compared_vocabulary
 from distillm_ext.training import makers
 from distillm_ext.training.config import DistillationConfig
+from distillm_ext.training.faults.nan_policy import Fault, NanGuard, StepRecord
 from distillm_ext.training.meters import Meters, sum_over_processes
-from distillm_ext.training.nan_policy import Fault, NanGuard, StepRecord
 from distillm_ext.training.rollouts.policies import Decision, Source, StepContext
 from distillm_ext.training.splits import check_tokens
 from distillm_ext.training.teaching.build import CacheLike, check_cache_alone, open_cache
@@ -80,7 +80,7 @@ class Run:
         nan_report: Callable[[Fault], None],
     ) -> None:
         self.args, self.accelerator, self.tokenizer, self.collator = args, accelerator, tokenizer, collator
-        self.student_model, self.engine, self.train_dataset = student, engine, splits["train_dataset"]
+        self.unwrapped_student, self.engine, self.train_dataset = student, engine, splits["train_dataset"]
         self.teacher = None if teacher is None else ModelTeacher(teacher, device=args.device, dtype=args.teacher_dtype)
         self.cache = open_cache(cache, model=self.teacher, tokenizer=tokenizer)
         self.student = StudentForward(student(), accelerator.autocast)
@@ -132,7 +132,7 @@ class Run:
         self.rollouts = makers.make_rollouts(
             self.args,
             collator=self.collator,
-            student=self.student_model,
+            student=self.unwrapped_student,
             teacher=self.models["teacher"],
             vocab_size=self.vocab_size,
             eos_token_ids=self.eos_token_ids,

@@ -30,10 +30,10 @@ from distillm_ext.models.vocabulary import padding_id
 from distillm_ext.training.argument_checks import check_arguments, check_nan_policy
 from distillm_ext.training.checkpoints.resumable import ResumableTrainer
 from distillm_ext.training.config import DistillationConfig
+from distillm_ext.training.faults.nan_evidence import NanReport
+from distillm_ext.training.faults.nonfinite import check_weights
 from distillm_ext.training.loss import micro_batch_loss
 from distillm_ext.training.meters import sum_over_processes
-from distillm_ext.training.nan_evidence import NanReport
-from distillm_ext.training.nonfinite import check_weights
 from distillm_ext.training.rollouts.rollouts import Rollouts
 from distillm_ext.training.run import Run
 from distillm_ext.training.special_tokens import KeepPadding

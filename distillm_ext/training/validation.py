@@ -22,12 +22,12 @@ from distillm_ext.containers import LinearHead
 from distillm_ext.data.rows.origin import name_row, origin_of
 from distillm_ext.functional import distillation_loss
 from distillm_ext.linear import linear_cross_entropy_loss, linear_loss
-from distillm_ext.models.logit_reader import StudentOutput, Targets, head_logits
+from distillm_ext.models.logit_reader import StudentOutput, TeacherOutput, head_logits
 from distillm_ext.ops.divergence import DivergenceOptions
 
 
 def token_losses(
-    student: StudentOutput, teacher: Targets, targets: Tensor, vocab_size: int | None, tail: str = "bucket"
+    student: StudentOutput, teacher: TeacherOutput, targets: Tensor, vocab_size: int | None, tail: str = "bucket"
 ) -> tuple[Tensor, Tensor]:
     """[R] student's cross-entropy over its whole vocabulary, [R] KL(teacher ‖ student) over `vocab_size` entries.
 
@@ -50,7 +50,7 @@ def token_losses(
 
 def row_sums(
     student: StudentOutput,
-    teacher: Targets,
+    teacher: TeacherOutput,
     targets: Tensor,
     rows: Tensor,
     num_rows: int,

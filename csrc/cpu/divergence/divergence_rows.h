@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "../../math/row_divergence.h"
+#include "../../math/row_loss.h"
 #include "../instruction_sets/row_kernels.h"
 #include "../memory/thread_scratch.h"
 #include "adaptive_head.h"
@@ -65,6 +66,9 @@ struct RowTask {
   void* spare;  // as many bytes as the member asked for
 
   Real scale() const { return static_cast<Real>(kLog2E / call.options.temperature); }
+  RowLoss<Real> loss(Real divergence, Real cross_entropy) const {
+    return RowLoss<Real>::of(LossScalars<Real>::of(call.options), weight, cap, divergence, cross_entropy);
+  }
   Real* metrics() const { return call.metrics ? static_cast<Real*>(call.metrics) + index * kMetrics : nullptr; }
 };
 
@@ -117,11 +121,10 @@ RowSoftmaxes<Real> row_softmaxes(const RowTask<Real>& task) {
 }
 
 template <class Real>
-void write_gradient(const RowTask<Real>& task, const Real* g, const CrossEntropy<Real>& ce, Real sum_g) {
-  const Real g_scale = task.weight / static_cast<Real>(task.call.options.temperature);
-  const Real ce_scale = task.weight * ce.weight;
-  const Real q_scale = (g ? -g_scale * sum_g : Real(0)) + (ce.own_softmax ? Real(0) : ce_scale);
-  GradientPass<Real>{task.student, task.q, g, ce, {g_scale, q_scale, ce_scale}}.write(*task.output);
+void write_gradient(const RowTask<Real>& task, const Real* g, const CrossEntropy<Real>& ce, Real sum_g,
+                    const RowLoss<Real>& loss) {
+  const Real q_scale = (g ? -loss.g_scale * sum_g : Real(0)) + (ce.own_softmax ? Real(0) : loss.ce_scale);
+  GradientPass<Real>{task.student, task.q, g, ce, {loss.g_scale, q_scale, loss.ce_scale}}.write(*task.output);
 }
 
 // Passes 2 and 3: returns the loss of the row and writes its gradient where there is an output. `teacher` is the row
@@ -129,27 +132,21 @@ void write_gradient(const RowTask<Real>& task, const Real* g, const CrossEntropy
 template <class Real, class Functor, class TeacherRow>
 Real finish_row(const RowTask<Real>& task, const TeacherRow& teacher, const RowSoftmaxes<Real>& softmaxes,
                 Functor functor, bool legal) {
-  constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
   const RowPass<Real, Functor, TeacherRow> row{
       task.student, teacher, task.q, task.p, {softmaxes.q, softmaxes.p, functor}};
-  CrossEntropy<Real> ce = cross_entropy_of(task.call, task.index, task.student, softmaxes.q);
+  const CrossEntropy<Real> ce = cross_entropy_of(task.call, task.index, task.student, softmaxes.q);
   const Real cross_entropy = cross_entropy_value(ce, task.student);
   const Term<double> sums = task.output ? row.template sums<true>() : row.template sums<false>();
-  const Real divergence = static_cast<Real>(sums.value);
-  const bool capped = divergence > task.cap;
-  Real loss = task.weight * ((capped ? task.cap : divergence) + ce.weight * cross_entropy);
+  RowLoss<Real> loss = task.loss(static_cast<Real>(sums.value), cross_entropy);
   const bool usable = softmaxes.q.usable() && softmaxes.p.usable() && legal && task.cap >= 0;
-  if (!usable) loss = std::numeric_limits<Real>::quiet_NaN();
-  if (!task.output) return loss;
-  // What is infinite, divergence or cross-entropy, has no gradient to follow; a capped divergence none by definition.
-  const bool constant = capped || divergence == kInfinity;
-  if (cross_entropy == kInfinity) ce.weight = 0;
-  if (loss != loss || (constant && ce.weight == 0)) {
-    fill_row(*task.output, 0, task.student.vocab, loss != loss ? loss : Real(0));
+  if (!usable) loss.value = std::numeric_limits<Real>::quiet_NaN();
+  if (!task.output) return loss.value;
+  if (loss.value != loss.value || (loss.constant && loss.ce_scale == 0)) {
+    fill_row(*task.output, 0, task.student.vocab, loss.value != loss.value ? loss.value : Real(0));
   } else {
-    write_gradient(task, constant ? nullptr : task.p.values, ce, static_cast<Real>(sums.g));
+    write_gradient(task, loss.constant ? nullptr : task.p.values, ce, static_cast<Real>(sums.g), loss);
   }
-  return loss;
+  return loss.value;
 }
 
 // A divergence that is a functor per entry. AtZero: what it is where its alpha is 0.

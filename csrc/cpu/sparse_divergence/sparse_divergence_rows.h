@@ -141,12 +141,12 @@ void write_kept(const KeptEntries<Real>& kept, const Softmax<Real>& q, const Cro
 template <class Real>
 void write_sparse_gradient(const RowTask<Real>& task, Tail tail, const SparseScratch<Real>& scratch,
                            const SplitSoftmax<Real>& student, const SparseSums<Real>& sums,
-                           const CrossEntropy<Real>& ce, bool constant) {
-  const double g_scale = constant ? 0 : task.weight / task.call.options.temperature, ce_scale = task.weight * ce.weight;
+                           const CrossEntropy<Real>& ce, const RowLoss<Real>& loss) {
+  const double g_scale = loss.g_scale, ce_scale = loss.ce_scale;
   const double r = std::exp2(student.log2_tail()), sum_g = sums.g_kept + sums.g_bucket;
   // An entry off S has the share s_v of what the bucket has; over S alone there is no bucket.
   double bucket = 0;
-  if (!constant && tail != Tail::kRenormalize) bucket = g_scale * (sums.g_bucket - r * sum_g);
+  if (!loss.constant && tail != Tail::kRenormalize) bucket = g_scale * (sums.g_bucket - r * sum_g);
   if (!ce.own_softmax) bucket += ce_scale * r;
   TailPass<Real>{task.student, scratch.tail, student.off, ce, static_cast<Real>(bucket), static_cast<Real>(ce_scale)}
       .write(*task.output);
@@ -161,22 +161,18 @@ Real sparse_divergence_row(const SparseDivergenceCall& call, const RowTask<Real>
   collect_kept(call, task.index, task.student, scratch.kept);
   const SplitSoftmax<Real> student(tail_exponentials(task.student, task.scale(), scratch.kept.set, scratch.tail),
                                    online_sum_of(scratch.kept.z, scratch.kept.count, task.scale()));
-  constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
-  CrossEntropy<Real> ce = cross_entropy_of(task.call, task.index, task.student, student.all.softmax());
+  const CrossEntropy<Real> ce = cross_entropy_of(task.call, task.index, task.student, student.all.softmax());
   const Real cross_entropy = cross_entropy_value(ce, task.student);
   const SparseSums<Real> sums = sparse_sums<Real, Kept>(call, task.index, student, scratch.kept, task.parameters);
-  const Real divergence = static_cast<Real>(sums.value);
-  const bool capped = divergence > task.cap, constant = capped || divergence == kInfinity;
-  Real loss = task.weight * ((capped ? task.cap : divergence) + ce.weight * cross_entropy);
-  if (!sums.usable || !(task.cap >= 0)) loss = std::numeric_limits<Real>::quiet_NaN();
-  if (!task.output) return loss;
-  if (cross_entropy == kInfinity) ce.weight = 0;
-  if (loss != loss || (constant && ce.weight == 0)) {
-    fill_row(*task.output, 0, task.student.vocab, loss != loss ? loss : Real(0));
+  RowLoss<Real> loss = task.loss(static_cast<Real>(sums.value), cross_entropy);
+  if (!sums.usable || !(task.cap >= 0)) loss.value = std::numeric_limits<Real>::quiet_NaN();
+  if (!task.output) return loss.value;
+  if (loss.value != loss.value || (loss.constant && loss.ce_scale == 0)) {
+    fill_row(*task.output, 0, task.student.vocab, loss.value != loss.value ? loss.value : Real(0));
   } else {
-    write_sparse_gradient(task, call.tail, scratch, student, sums, ce, constant);
+    write_sparse_gradient(task, call.tail, scratch, student, sums, ce, loss);
   }
-  return loss;
+  return loss.value;
 }
 
 template <class Real, class Kept, class KeptAtZero>

@@ -237,7 +237,7 @@ __device__ void finish_row(const RowPair<T>& rows, const DivergenceArguments& a,
   }
   sum = terms.result(rows.cluster, sum);
   const float cross_entropy = -softmaxes.unit.log2_probability(label_logit) * static_cast<float>(kLn2);
-  const RowLoss loss = RowLoss::of(a, in, sum.value, cross_entropy);
+  const RowLoss<float> loss = RowLoss<float>::of(a.loss, in.weight, in.cap, sum.value, cross_entropy);
   if (loss.value != loss.value) return output.fill(loss.value);
   output.write_loss(loss.value);
   if (!a.gradient) return;

@@ -50,20 +50,6 @@ struct RowSoftmaxes {
   bool legal;  // false for a side that is all -inf or holds a NaN or +inf
 };
 
-struct RowLoss {
-  float value;
-  bool constant;    // a capped or infinite divergence: it has no gradient, and G may be infinite
-  float ce_weight;  // of the gradient: 0 where the cross-entropy is infinite
-
-  __device__ static RowLoss of(const DivergenceArguments& a, const RowInputs& in, float divergence,
-                               float cross_entropy) {
-    const bool capped = divergence > in.cap, infinite = divergence == CUDART_INF_F;
-    const float uncapped = a.loss.ce_weight != 0 ? a.loss.ce_weight * cross_entropy : 0.0f;
-    return {in.weight * ((capped ? in.cap : divergence) + uncapped), capped || infinite,
-            uncapped == CUDART_INF_F ? 0.0f : a.loss.ce_weight};
-  }
-};
-
 // gradient_v = g_scale G_v + q_scale q_v + unit_scale * (softmax of the student at T = 1); at the label less
 // label_scale.
 //
@@ -76,8 +62,8 @@ struct GradientTerms {
   bool constant;  // of the divergence nothing
 
   __device__ static GradientTerms of(const DivergenceArguments& a, const RowInputs& in, const RowSoftmaxes& softmaxes,
-                                     float sum_g, const RowLoss& loss) {
-    const float g_scale = in.weight * a.loss.inverse_temperature, label_scale = in.weight * loss.ce_weight;
+                                     float sum_g, const RowLoss<float>& loss) {
+    const float g_scale = loss.g_scale, label_scale = loss.ce_scale;
     const bool own_unit = a.loss.inverse_temperature != 1;
     const float q_scale = (loss.constant ? 0.0f : -g_scale * sum_g) + (own_unit ? 0.0f : label_scale);
     const int label = a.loss.ce_weight != 0 ? static_cast<int>(in.label) : INT32_MIN;

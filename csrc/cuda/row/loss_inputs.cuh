@@ -6,35 +6,28 @@
 
 #include <cstdint>
 
-#include "../../math/divergence.h"
+#include "../../math/row_loss.h"
 
 namespace distillm {
 
-struct LossArguments {
+struct LossArguments : LossScalars<float> {
   const int64_t* labels;  // null when absent, like the next three
   const float* weight;
   const float* alpha_rows;
   const float* cap;
   float* values;  // [R], the losses
   int64_t ignore_index;
-  float alpha, beta, inverse_temperature, ce_weight;
-  bool detach_mixture;
 
   // Of a DivergenceCall: a template, since kernels know nothing of torch.
   template <class Call>
   static LossArguments of(const Call& call) {
-    const auto& options = call.options;
-    return {call.labels,
+    return {LossScalars<float>::of(call.options),
+            call.labels,
             static_cast<const float*>(call.weight),
             static_cast<const float*>(call.alpha),
             static_cast<const float*>(call.cap),
             static_cast<float*>(call.loss),
-            options.ignore_index,
-            static_cast<float>(options.alpha),
-            static_cast<float>(options.beta),
-            static_cast<float>(1 / options.temperature),
-            static_cast<float>(options.ce_weight),
-            options.detach_mixture};
+            call.options.ignore_index};
   }
 };
 

@@ -117,19 +117,18 @@ struct SparseGradient {
   float tail, unit_scale, g_scale, sum_g, label_scale;
 
   __device__ SparseGradient(const SparseDivergenceArguments& a, const SparseStatistics& s, const LogSoftmax& q,
-                            const LogSoftmax& unit, float weight, float r, float g_kept, float g_bucket, bool constant,
-                            float ce_weight)
+                            const LogSoftmax& unit, float r, float g_kept, float g_bucket, const RowLoss<float>& loss)
       : off(LogSoftmax::of(s.off, q.scale)),
         q(q),
         unit(unit),
         tail(0),
         unit_scale(0),
-        g_scale(constant ? 0.0f : weight * a.loss.inverse_temperature),
+        g_scale(loss.g_scale),
         sum_g(g_kept + g_bucket),
-        label_scale(weight * ce_weight) {
+        label_scale(loss.ce_scale) {
     if (s.off.sum == 0) off.log2_sum = 0;  // nothing off S: its entries are 0, not 0 / 0
     // A constant divergence may have an infinite G. Over S alone an entry off S has no part in it.
-    if (!constant && a.tail != Tail::kRenormalize) tail = g_scale * (g_bucket - r * sum_g);
+    if (!loss.constant && a.tail != Tail::kRenormalize) tail = g_scale * (g_bucket - r * sum_g);
     const bool own_unit = a.loss.inverse_temperature != 1;
     if (own_unit) unit_scale = label_scale;
     if (!own_unit) tail += label_scale * r;
@@ -247,15 +246,12 @@ __global__ void __launch_bounds__(kSparseBlockThreads, 2) sparse_divergence_kern
 
   const SparseValue value = sparse_value(kept, a, in, s, scratch);
   const LogSoftmax unit = LogSoftmax::of(s.unit, static_cast<float>(kLog2E));
-  const bool capped = value.divergence > in.cap, constant = capped || value.divergence == INFINITY;
-  const float cross_entropy =
-      a.loss.ce_weight != 0 ? -a.loss.ce_weight * unit(label_logit) * static_cast<float>(kLn2) : 0.0f;
-  const float loss = in.weight * ((capped ? in.cap : value.divergence) + cross_entropy);
-  if (loss != loss || !gradient) return constant_row(loss);
+  const float cross_entropy = -unit(label_logit) * static_cast<float>(kLn2);
+  const RowLoss<float> loss = RowLoss<float>::of(a.loss, in.weight, in.cap, value.divergence, cross_entropy);
+  if (loss.value != loss.value || !gradient) return constant_row(loss.value);
 
-  if (threadIdx.x == 0) a.loss.values[row] = loss;
-  const SparseGradient term(a, s, value.q, unit, in.weight, value.r, value.g_kept, value.g_bucket, constant,
-                            cross_entropy == INFINITY ? 0.0f : a.loss.ce_weight);
+  if (threadIdx.x == 0) a.loss.values[row] = loss.value;
+  const SparseGradient term(a, s, value.q, unit, value.r, value.g_kept, value.g_bucket, loss);
   student.second_visit([&](int chunk, const float (&z)[N]) {
     float out[N];
     term.off_kept(z, out);

@@ -1,5 +1,5 @@
 """Reading rows of text: JSONL, JSON, Parquet, a folder of such files, a saved data set or a hub name, as one
-`datasets.Dataset`. `row_checks` says what a row may hold."""
+`datasets.Dataset`. `checks` says what a row may hold."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from distillm_ext.compressed_logits import CompressedLogits
 from distillm_ext.data.batches import DistillationCollator, move_batch
 from distillm_ext.data.sequences import TokenSequence
 from distillm_ext.models.frozen_teacher import ModelTeacher
-from distillm_ext.models.logit_reader import Targets, TokenBatch
+from distillm_ext.models.logit_reader import TeacherOutput, TokenBatch
 from distillm_ext.models.teacher_records import compute_records, upload
 from distillm_ext.teacher.settings import CompressionSettings
 from distillm_ext.training.teaching.stores import RecordSource, ReuseStores
@@ -33,15 +33,15 @@ logger = logging.getLogger(__name__)
 class TeacherSource(Protocol):
     """What the losses read of the teacher, whatever gives it."""
 
-    def targets(self, inputs: Mapping[str, Any]) -> Targets:
+    def targets(self, inputs: Mapping[str, Any]) -> TeacherOutput:
         """What the training loss reads for a collated batch."""
         ...
 
-    def evaluation_targets(self, inputs: Mapping[str, Any]) -> Targets:
+    def evaluation_targets(self, inputs: Mapping[str, Any]) -> TeacherOutput:
         """What the validation reads."""
         ...
 
-    def again(self, inputs: Mapping[str, Any]) -> Targets:
+    def again(self, inputs: Mapping[str, Any]) -> TeacherOutput:
         """What `targets` gave for a batch of this run; nothing is kept or counted."""
         ...
 
@@ -86,7 +86,7 @@ class LiveTargets:
     def __init__(self, model: ModelTeacher) -> None:
         self.model = model
 
-    def targets(self, inputs: Mapping[str, Any]) -> Targets:
+    def targets(self, inputs: Mapping[str, Any]) -> TeacherOutput:
         return self.model.outputs(TokenBatch.from_inputs(inputs))
 
     evaluation_targets = targets
@@ -175,13 +175,13 @@ class KeptTargets:
                 records = records.index_select(0, upload(order, self.device))
         return self.settings.unpack(records)
 
-    def evaluation_targets(self, inputs: Mapping[str, Any]) -> Targets:
+    def evaluation_targets(self, inputs: Mapping[str, Any]) -> TeacherOutput:
         """The teacher's own logits where there is a teacher, else the cache's."""
         if self.teacher is not None:
             return self.teacher.outputs(TokenBatch.from_inputs(inputs))
         return self.again(inputs)
 
-    def again(self, inputs: Mapping[str, Any]) -> Targets:
+    def again(self, inputs: Mapping[str, Any]) -> TeacherOutput:
         before = self._computed, self._reused, self._reusable
         self._reusable = False
         targets = self.targets(inputs)

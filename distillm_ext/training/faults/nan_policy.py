@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from distillm_ext.training.nonfinite import nonfinite_gradients
+from distillm_ext.training.faults.nonfinite import nonfinite_gradients
 
 logger = logging.getLogger(__name__)
 NAN_POLICIES = ("stop", "skip")

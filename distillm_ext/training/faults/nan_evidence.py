@@ -25,11 +25,11 @@ from distillm_ext.compressed_logits import CompressedLogits
 from distillm_ext.containers import LinearHead
 from distillm_ext.data.draws import preserved_rng
 from distillm_ext.data.rows.origin import name_row
-from distillm_ext.models.logit_reader import StudentOutput, Targets, TokenBatch, head_logits
+from distillm_ext.models.logit_reader import StudentOutput, TeacherOutput, TokenBatch, head_logits
 from distillm_ext.models.router_loss import ModelLoss
 from distillm_ext.training.checkpoints.folders import write_json, write_tensors
-from distillm_ext.training.nan_policy import Fault
-from distillm_ext.training.nonfinite import nonfinite_weights
+from distillm_ext.training.faults.nan_policy import Fault
+from distillm_ext.training.faults.nonfinite import nonfinite_weights
 from distillm_ext.training.objectives import cross_entropy
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _COLUMNS = ("row_loss", "teacher_finite", "student_finite")
 
 
 class NanReport:
-    """Reports faults of a run; see `distillm_ext.training.nan_policy`.
+    """Reports faults of a run; see `distillm_ext.training.faults.nan_policy`.
 
     Args:
         trainer: its `run`, `args`, `accelerator`, `data_collator` and `model_wrapped` are used as they are at the time
@@ -193,7 +193,7 @@ class NanReport:
         write_json(stem.with_name(stem.name + ".json"), {**content, "tensors": stem.name + ".safetensors"})
 
 
-def _per_row(student: StudentOutput, teacher: Targets | None, counts: Sequence[int], loss: Any) -> Tensor:
+def _per_row(student: StudentOutput, teacher: TeacherOutput | None, counts: Sequence[int], loss: Any) -> Tensor:
     """[B, 3] float32: loss, 1 where the teacher's logits are finite, 1 where the student's are.
 
     −inf is a legal logit of a teacher, a probability of 0; a student's makes divergences infinite.

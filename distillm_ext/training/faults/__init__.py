@@ -1,0 +1,1 @@
+"""Steps whose loss or gradient is NaN or inf: kept from being taken, looked into, reported."""
