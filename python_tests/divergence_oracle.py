@@ -108,6 +108,8 @@ def row_reference(case: DivergenceCase, row: int) -> tuple[float, np.ndarray, np
         legal = legal and 0 <= alpha <= 1
     if case.divergence == "alpha_beta":
         legal = legal and 0.999e-4 < alpha < np.inf
+    if case.divergence == "interpolated" and legal:  # sides without a common entry have no blend
+        legal = blended(student, teacher, alpha).max() > -np.inf
     legal = legal and cap >= 0
     if case.ce_weight:
         legal = legal and 0 <= label < vocab
