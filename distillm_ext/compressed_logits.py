@@ -130,10 +130,8 @@ class CompressedLogits:
         method: str = "topk",
     ) -> CompressedLogits:
         """What `pack` was given, up to the error of the codec: `distillm_ext.packing.unpack`."""
-        require_backend(packed.device, "packed")
-        shape = packed.shape[:-1]
-        rows = packed.reshape(shape.numel(), *packed.shape[-1:])
-        return CompressedLogits(**unpack_fields(rows, codec, k, vocab_size, temperatures, method)).reshape(*shape)
+        flat = CompressedLogits(**unpack_fields(packed, codec, k, vocab_size, temperatures, method))
+        return flat.reshape(*packed.shape[:-1])
 
     def _map(self, function: Callable[[Tensor, int], Tensor]) -> CompressedLogits:
         """Every tensor x becomes function(x, dimensions after those of the positions)."""

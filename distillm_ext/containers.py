@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DivergenceMetrics", "LinearHead", "SampledTokens", "TeacherHead"]
+from .compressed_logits import CompressedLogits
+
+__all__ = ["CompressedLogits", "DivergenceMetrics", "LinearHead", "SampledTokens", "TeacherHead"]
 
 
 @dataclass(frozen=True, eq=False)

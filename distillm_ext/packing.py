@@ -34,13 +34,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .compressed_logits import CompressedLogits
-from .record_format import CODECS, record_bytes
+from .record_format import CODECS, METHODS, record_bytes
 
-__all__ = ["CODECS", "pack", "record_bytes", "unpack"]
+__all__ = ["CODECS", "METHODS", "pack", "record_bytes", "unpack"]
 
 
 def pack(compressed: CompressedLogits, codec: str = "q8") -> Tensor:
@@ -94,9 +93,6 @@ def unpack(
         >>> unpack(packed, codec="q8", k=64, vocab_size=32000).ids.shape
         torch.Size([2, 8, 64])
     """
-    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
-        got = packed.dtype if isinstance(packed, Tensor) else type(packed).__name__
-        raise TypeError(f"packed must be a tensor of dtype torch.uint8, got {got}")
     return CompressedLogits.unpack(
         packed, codec=codec, k=k, vocab_size=vocab_size, temperatures=temperatures, method=method
     )

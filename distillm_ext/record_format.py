@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .ops import pack_logits as ops
+from .ops.extension import require_backend
 
 CODECS = ("q4", "q6", "q8", "fp16", "exact")
 METHODS = ("topk", "sample")
@@ -76,11 +77,20 @@ def pack_fields(fields: dict[str, Any], codec: str, vocab_size: int, temperature
 def unpack_fields(
     packed: Tensor, codec: str, k: int, vocab_size: int, temperatures: Sequence[float], method: str
 ) -> dict[str, Any]:
-    """`FIELDS`, `temperatures` and `vocab_size` of [R, bytes] packed positions; see `distillm_ext.packing.unpack`."""
+    """`FIELDS` of the R positions of [..., bytes], `temperatures` and `vocab_size`; see `distillm_ext.packing.unpack`.
+
+    Raises:
+        TypeError: packed is not a uint8 tensor.
+        ValueError: unknown codec or method, or a width that does not fit the settings.
+    """
+    if not isinstance(packed, Tensor) or packed.dtype != torch.uint8:
+        got = packed.dtype if isinstance(packed, Tensor) else type(packed).__name__
+        raise TypeError(f"packed must be a tensor of dtype torch.uint8, got {got}")
+    require_backend(packed.device, "packed")
     temperatures = _checked_temperatures(temperatures)
     labels = _has_labels(packed.shape, codec, k, vocab_size, temperatures, method)
-    counted = method == "sample"
-    values = ops.unpack_logits(packed, codec, k, vocab_size, temperatures, labels, counted)
+    counted, rows = method == "sample", packed.reshape(packed.shape[:-1].numel(), packed.shape[-1])
+    values = ops.unpack_logits(rows, codec, k, vocab_size, temperatures, labels, counted)
     fields = dict(zip(FIELDS, values, strict=True))
     absent = {name: None for name, there in (("label_logprob", labels), ("counts", counted)) if not there}
     return {**fields, **absent, "temperatures": temperatures, "vocab_size": vocab_size}

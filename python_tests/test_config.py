@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pickle
+import re
 
 import pytest
 from trainer_world import tiny_config
@@ -94,6 +96,12 @@ def test_sampling_from_json_and_round_trip(tmp_path):
     assert (config.sampling_params.temperature, config.sampling_params.top_k) == (0.5, 4)
     copy = DistillationConfig(**{**json.loads(config.to_json_string()), "output_dir": str(tmp_path)})
     assert copy.sampling_params == config.sampling_params
+
+
+def test_a_pickled_configuration_names_no_class_but_its_own(tmp_path):
+    """transformers writes one beside each checkpoint: a module that moves must not make those unreadable."""
+    names = set(re.findall(rb"distillm_ext[\w.]*", pickle.dumps(tiny_config(tmp_path, sampling={"top_k": 4}))))
+    assert names == {b"distillm_ext.training.config"}
 
 
 def test_fields_parse_from_a_command_line(tmp_path):

@@ -77,6 +77,33 @@ def test_metrics_equal_the_definitions(rows, kind, batch_size):
     assert expected[0] > 0.1 and expected[3] == 10
 
 
+def test_rows_need_tokens_and_targets_alone_and_may_be_empty(rows):
+    """No prompt_length, and a row without tokens: its place tells nothing, so the longest row is the one looked at."""
+    student, teacher = make_model(1), make_model(2)
+    expected = divergence_metrics(student, rows, teacher=teacher)
+    bare = Dataset.from_list([{"input_ids": [], "loss_mask": []}, *rows.remove_columns("prompt_length").to_list()])
+    assert divergence_metrics(student, bare, teacher=teacher) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_model_that_is_not_used_in_parts_computes_the_columns_of_targets(rows):
+    """Here for a hook on its head, which expects logits of three dimensions."""
+    seen = []
+    student, teacher = make_model(1).eval(), make_model(2).eval()
+    with torch.no_grad():
+        expected = by_hand(student, teacher, rows)
+    student.get_output_embeddings().register_forward_hook(lambda _, __, logits: seen.append(logits.shape))
+    assert divergence_metrics(student, rows, teacher=teacher, batch_size=8) == pytest.approx(expected, rel=1e-5)
+    # Targets at 1, 2, 3, 4, 7, 8, 9 of the rows are predicted one column before.
+    assert all(len(shape) == 3 for shape in seen) and seen[-1] == (3, 7, 48)
+
+
+def test_a_model_of_nan_is_not_said_to_be_rebuilt_wrongly(rows, caplog):
+    student = make_model(1)
+    with torch.no_grad():
+        student.get_output_embeddings().weight.fill_(float("nan"))
+    assert math.isnan(divergence_metrics(student, rows, teacher=None)[1]) and "rebuilt" not in caplog.text
+
+
 def test_a_model_is_its_own_perfect_student(rows, tokenizer):
     model = make_model(3)
     result = evaluate_student(model, rows, tokenizer, teacher=model)

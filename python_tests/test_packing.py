@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import packing_cases as cases
 import pytest
 import torch
 from packing_cases import CODECS
 
+from distillm_ext import CompressedLogits
 from distillm_ext.packing import pack, record_bytes, unpack
 
 SHAPES = [(1, 1), (7, 3), (50, 64), (1000, 1), (1000, 2), (1000, 64), (4096, 300), (65536, 5)]
@@ -195,3 +198,19 @@ def test_operators_pass_opcheck_and_compile(method):
     compiled = there_and_back(case.compressed())
     expected = round_trip(case, "q8").compressed()
     assert torch.equal(compiled.ids, expected.ids) and torch.equal(compiled.logprobs, expected.logprobs)
+
+
+@pytest.mark.parametrize("read", [unpack, CompressedLogits.unpack], ids=["function", "method"])
+@pytest.mark.parametrize(
+    "packed", [[1], None, np.zeros((2, 20), np.uint8), torch.zeros(2, 20), torch.zeros(2, 20).char()]
+)
+def test_what_is_no_packed_tensor_is_refused_before_any_kernel(read, packed):
+    with pytest.raises(TypeError, match="packed must be a tensor of dtype torch.uint8, got"):
+        read(packed, codec="q8", k=8, vocab_size=300)
+
+
+@pytest.mark.parametrize("read", [unpack, CompressedLogits.unpack], ids=["function", "method"])
+def test_a_wrong_width_is_named_with_the_shape_given(read):
+    for shape in ((2, 4, 5), ()):
+        with pytest.raises(ValueError, match=re.escape(f"got {list(shape)}")):
+            read(torch.zeros(shape, dtype=torch.uint8), codec="q8", k=8, vocab_size=300)

@@ -166,13 +166,15 @@ def divergence_metrics(
         raise ValueError("rows: expected at least one row to evaluate, got none")
     # Rows of like length share a batch: less padding, and the sums do not depend on the order.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
-    collate, probe = DistillationCollator(pad_token_id), rows[0]["input_ids"][:16]
+    collate, probe = DistillationCollator(pad_token_id), rows[order[-1]]["input_ids"][:16]
     totals = torch.zeros(4, dtype=torch.float64)
     with torch.no_grad(), evaluating(student), evaluating(teacher):
         ours = _reader(student, probe, "student")
         theirs = None if teacher is None else _reader(teacher, probe, "teacher")
         for start in range(0, len(order), batch_size):
-            batch = collate([{**rows[index], "row": index} for index in order[start : start + batch_size]])
+            batch = collate(
+                [{"prompt_length": 0, **rows[index], "row": index} for index in order[start : start + batch_size]]
+            )
             totals += _batch_sums(ours, theirs, batch, vocab_size)
             if progress is not None:
                 progress("token metrics", min(start + batch_size, len(order)), len(order))
@@ -228,7 +230,7 @@ def _batch_sums(
 
 
 def _logits(reader: LogitReader, batch: dict[str, Any]) -> Tensor:
-    return reader.logits(TokenBatch.from_inputs(move_batch(batch, reader.model.device)))
+    return reader.column_logits(TokenBatch.from_inputs(move_batch(batch, reader.model.device)))
 
 
 def generate_texts(

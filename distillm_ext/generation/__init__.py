@@ -10,7 +10,7 @@ from distillm_ext.generation.engines.engine import Engine, LocalEngine
 from distillm_ext.generation.engines.vllm import VllmEngine
 from distillm_ext.generation.engines.weights import full_weights
 from distillm_ext.generation.generate import GeneratedTokens, Responses, generate, generate_responses
-from distillm_ext.generation.params import SamplingParams
+from distillm_ext.generation.sampling import SamplingParams
 
 __all__ = [
     "Engine",

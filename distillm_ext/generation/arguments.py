@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillm_ext.generation.params import SamplingParams
+from distillm_ext.generation.sampling import SamplingParams
 
 _DEFAULT_NEW_TOKENS = 256
 

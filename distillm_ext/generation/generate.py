@@ -17,9 +17,9 @@ from distillm_ext.generation.loop.decode import DecodeLoop
 from distillm_ext.generation.loop.forward import CausalForward
 from distillm_ext.generation.loop.hf import HfLoop
 from distillm_ext.generation.loop.progress import DrawnTokens
-from distillm_ext.generation.params import SamplingParams
 from distillm_ext.generation.positions import limits_within, position_limit
 from distillm_ext.generation.request import Request
+from distillm_ext.generation.sampling import SamplingParams
 
 
 @dataclass(frozen=True, eq=False)

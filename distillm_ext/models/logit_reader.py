@@ -195,6 +195,23 @@ class LogitReader:
             return self.full(batch, self.model)
         return self.transform(self.head(self.hidden(batch)))
 
+    def column_logits(self, batch: TokenBatch) -> Tensor:
+        """`logits`; a model that is not used in parts computes them at no other columns than those of the positions.
+
+        Finding these out waits for the device: for evaluation, not for training.
+        """
+        if self.apart():
+            return self.logits(batch)
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            return self.full(batch, self.model)
+        length = batch.input_ids.shape[1]
+        columns, place = (batch.positions % length).unique(return_inverse=True)
+        logits = self.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, return_dict=True,
+            logits_to_keep=columns, **self._options,
+        ).logits  # fmt: skip
+        return logits[(batch.positions // length).to(logits.device), place.to(logits.device)]
+
     @torch.no_grad()
     def verify(self, token_ids: Sequence[int], name: str) -> bool:
         """Compares a few reconstructed logits with the model's own; on a mismatch switches to full logits.
@@ -219,7 +236,7 @@ class LogitReader:
         # Both run the same kernels on the same input; the slack is for a transform done in another precision.
         tolerance = 1e-4 if expected.dtype == found.dtype == torch.float32 else 2e-2
         self.splits = expected.shape == found.shape and torch.allclose(
-            found.float(), expected.float(), rtol=tolerance, atol=tolerance
+            found.to(expected.device).float(), expected.float(), rtol=tolerance, atol=tolerance, equal_nan=True
         )
         if not self.splits:
             logger.warning(

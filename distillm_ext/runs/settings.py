@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from distillm_ext.generation.params import SamplingParams
+from distillm_ext.generation.sampling import SamplingParams
 from distillm_ext.paths import expand_path
 from distillm_ext.runs.coercion import CoercionError, coerce, field_types
 from distillm_ext.runs.settings_tree import (

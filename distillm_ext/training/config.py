@@ -15,7 +15,7 @@ from distillm_ext._codec import MAX_K
 from distillm_ext.checks.options import DEFAULT_ALPHA, DEFAULT_BETA, DIVERGENCES, TAILS
 from distillm_ext.data.lengths import MAX_LENGTH, MAX_PROMPT_LENGTH
 from distillm_ext.data.rows.checks import checked_template_kwargs
-from distillm_ext.generation.params import SamplingParams
+from distillm_ext.generation.sampling import SamplingParams
 from distillm_ext.models.frozen_teacher import TEACHER_DTYPES
 from distillm_ext.packing import CODECS
 from distillm_ext.paths import expand_path
@@ -139,7 +139,7 @@ class DistillationConfig(TrainingArguments):
                 FutureWarning,
                 stacklevel=3,
             )
-        self.sampling_params = self._sampling_params()
+        _ = self.sampling_params  # refuses what it cannot be
         self.template_kwargs = checked_template_kwargs(self.chat_template_kwargs)
         if self.policy == "adaptive_off_policy" and self.schedule == "reference":
             # The published code takes its first reference loss before training.
@@ -245,7 +245,9 @@ class DistillationConfig(TrainingArguments):
         if not self.average_tokens_across_devices:
             raise ValueError("average_tokens_across_devices: must stay True; the loss is divided by the global count")
 
-    def _sampling_params(self) -> SamplingParams:
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """`sampling` as generation takes it. Made anew each time: pickles of a configuration name no class of ours."""
         if self.sampling is None:
             return SamplingParams()
         if not isinstance(self.sampling, dict):

@@ -42,7 +42,6 @@ from distillm_ext.training.teaching.build import CacheLike, split_teacher
 from distillm_ext.training.validation import evaluate_by_token, evaluation_model, whole_set
 
 logger = logging.getLogger(__name__)
-_COLUMNS = ["input_ids", "loss_mask", "prompt_length", "row"]
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -151,7 +150,7 @@ class DistillationTrainer(ResumableTrainer):
         return self.run.rollouts
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns: Any = _COLUMNS
+        self._signature_columns: Any = ["input_ids", "loss_mask", "prompt_length", "row"]
 
     # ---- one optimizer step
 
@@ -257,7 +256,8 @@ class DistillationTrainer(ResumableTrainer):
 
         def sums_of(inputs: Any) -> tuple[Tensor, Tensor]:
             inputs = self._prepare_inputs(inputs)
-            sums = self.run.validation_sums(model, inputs)
+            with torch.no_grad():
+                sums = self.run.validation_sums(model, inputs)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             return inputs["row"], sums
 
@@ -266,7 +266,7 @@ class DistillationTrainer(ResumableTrainer):
         )
         self._not_finite = found.not_finite
         if found.not_finite is not None and self.is_world_process_zero():
-            best = "; such a checkpoint is not taken for the best one" if self.args.load_best_model_at_end else ""
+            best = "; a checkpoint with such a metric is not taken for the best one" * self.args.load_best_model_at_end
             logger.warning("step %d: %s%s", self.state.global_step, found.not_finite, best)
         return EvalLoopOutput(None, None, metrics=found.metrics, num_samples=found.num_rows)  # type: ignore[arg-type]
 

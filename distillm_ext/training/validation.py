@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distillm_ext.checks.sides import LossRequest
+from distillm_ext.compressed_logits import CompressedLogits
 from distillm_ext.containers import LinearHead
 from distillm_ext.data.rows.origin import name_row, origin_of
 from distillm_ext.functional import distillation_loss
@@ -33,6 +34,7 @@ def token_losses(
 
     Of compressed teacher logits the divergence is the one that `tail` names; with a bucket it is a lower bound.
     """
+    tail = tail if isinstance(teacher, CompressedLogits) else "bucket"
     if not isinstance(student, LinearHead):
         teacher = (head_logits(teacher) if isinstance(teacher, LinearHead) else teacher).to(student.device)
         divergence = distillation_loss(
@@ -151,7 +153,6 @@ class TokenMetrics:
     not_finite: str | None
 
 
-@torch.no_grad()
 def evaluate_by_token(
     loader: Any, sums_of: Callable[[Any], tuple[Tensor, Tensor]], *, accelerator: Any, description: str, prefix: str
 ) -> TokenMetrics:

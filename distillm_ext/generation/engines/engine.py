@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distillm_ext.generation.generate import Responses, generate_responses
 from distillm_ext.generation.loop.forward import causal_model
-from distillm_ext.generation.params import SamplingParams
+from distillm_ext.generation.sampling import SamplingParams
 
 
 class Engine(ABC):

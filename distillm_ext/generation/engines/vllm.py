@@ -16,7 +16,7 @@ from torch import Tensor
 from distillm_ext.generation.arguments import check_rows, row_limits
 from distillm_ext.generation.engines.engine import Engine
 from distillm_ext.generation.generate import Responses
-from distillm_ext.generation.params import SamplingParams
+from distillm_ext.generation.sampling import SamplingParams
 
 # Weights are handed over in parts of this size: a whole model twice would not fit beside its training state.
 _PART_BYTES = 1 << 30
