@@ -42,7 +42,8 @@ transformers.cache_utils.DummyLayer = taken
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from distillm_ext.generation import SamplingParams, cache, generate_responses
+from distillm_ext.generation import SamplingParams, generate_responses
+from distillm_ext.generation.loop import cache
 
 config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 assert cache._EMPTY_LAYERS == () and cache.supports_rows(config)
