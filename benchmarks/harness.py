@@ -103,3 +103,15 @@ def publish(title: str, rows: Sequence[Row], file: str) -> None:
         writer.writeheader()
         writer.writerows(rows)
     temporary.replace(target)
+
+
+def save_figure(figure: Any, name: str) -> None:
+    """Writes a matplotlib figure to results/<name>, whole or not at all, and closes it."""
+    import matplotlib.pyplot as plt
+
+    target = RESULTS / name
+    temporary = target.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    temporary.replace(target)
+    print(f"wrote {target}")

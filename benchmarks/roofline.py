@@ -79,12 +79,7 @@ def publish(device: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
     draw_measured(left, measured, device)
     draw_modelled(right, modelled)
-    target = harness.RESULTS / "roofline.png"
-    temporary = target.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    temporary.replace(target)
-    print(f"wrote {target}")
+    harness.save_figure(figure, "roofline.png")
 
 
 if __name__ == "__main__":

@@ -62,12 +62,7 @@ def publish(device: str) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     draw(axes, rows)
     dress(axes, rows, device)
-    target = harness.RESULTS / f"divergence_{device}.png"
-    temporary = target.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    temporary.replace(target)
-    print(f"wrote {target}")
+    harness.save_figure(figure, f"divergence_{device}.png")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distillm_ext.containers import TeacherHead
 from distillm_ext.models.frozen_teacher import ModelTeacher
-from distillm_ext.models.logit_reader import HeadTransform, LogitReader, TokenBatch, head_logits
-from distillm_ext.models.student_forward import StudentForward, replaced_forward
+from distillm_ext.models.logit_reader import HeadTransform, LogitReader, TokenBatch, head_logits, replaced_forward
+from distillm_ext.models.student_forward import StudentForward
 
 SMALL = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,

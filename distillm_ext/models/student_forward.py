@@ -19,8 +19,6 @@ from distillm_ext.containers import LinearHead
 from distillm_ext.models.logit_reader import LogitReader, TokenBatch, replaced_forward
 from distillm_ext.models.router_loss import ModelLoss, OwnLoss
 
-__all__ = ["Consumer", "StudentForward", "replaced_forward"]
-
 # From what the head gives for each batch, in the order given, to the loss (or any tensor): logits [R_i, V], or in a
 # fused call hidden states [R_i, H] and the head (`StudentOutput`).
 Consumer = Callable[[list[Any]], Tensor]
